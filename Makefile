@@ -1,0 +1,45 @@
+# The two commands of the README are `make demo` and `make test`; each sets up all that it needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo test lint types protos check-protos model clean
+
+help:  ## What can be made here
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "StreamFlow needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV) (a few minutes, once)"
+	@# torch first and pinned: an unpinned one would bring gigabytes of CUDA packages.
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Start everything on this machine, make pictures of a dozen prompts under out/, stop
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)  ## All tests, with real processes and a real Redis
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## Style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## Types of the library
+	$(BIN)/mypy
+
+protos: $(STAMP)  ## Generate streamflow/v1 from protos/
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --grpc_python_out=. --pyi_out=. protos/streamflow/v1/*.proto
+
+check-protos: protos  ## Fail when the committed generated code is not that of protos/
+	git diff --exit-code -- streamflow/v1
+
+model: $(STAMP)  ## Train the built-in model again (about 3 hours on 2 cores, minutes on a GPU)
+	$(BIN)/python -m training all
+
+clean:  ## Remove what was made here, the virtual environment too
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""What runs a network, seen from the running batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Network(Protocol):
+    """A velocity network; a torch module, an ONNX session and a TensorRT engine look the same from here.
+
+    Attributes:
+        name: of the backend, such as "torch-eager".
+        row_counts: the row counts that it was compiled for, rising; None = any.
+        row_invariant: whether a row's output has the same bits whatever the other rows are and however many.
+    """
+
+    name: str
+    row_counts: tuple[int, ...] | None
+    row_invariant: bool
+
+    def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Evaluates every row at its own timestep.
+
+        Args:
+            latents: float32 [rows, C, H, W].
+            timestep: float32 [rows].
+            conditioning: named tensors [rows, ...].
+
+        Returns:
+            float32 [rows, C, H, W].
+        """
+        ...

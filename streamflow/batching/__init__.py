@@ -1,0 +1,1 @@
+"""The running batch: slots, rows, the tick."""

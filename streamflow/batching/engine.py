@@ -1,0 +1,210 @@
+"""The engine: one running batch in which every image is at its own step.
+
+Synchronous, without threads or a clock of its own; `stages.denoiser` owns the thread that calls `tick`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from streamflow.backends.base import Network
+from streamflow.batching.slots import Image, Layout, Slot, SlotTable
+from streamflow.batching.step import Step, run_step
+from streamflow.errors import GenerationError, StreamFlowError
+
+_log = logging.getLogger(__name__)
+
+MAX_LAYOUTS = 16
+"""Idle slot tables are dropped beyond this number, so that odd sizes do not fill the memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """An image finished op `step` of `steps`."""
+
+    handle: Hashable
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Preview:
+    """Latents [C, H, W] of the data that an image expects after op `step`."""
+
+    handle: Hashable
+    step: int
+    latents: np.ndarray
+
+
+@dataclass(slots=True, eq=False)
+class TickReport:
+    """What one tick did.
+
+    Attributes:
+        retired: final latents, float32 [C, H, W], by handle.
+        failed: images that ended without latents, and why.
+        timesteps: what the network was fed, per slot.
+        rows, padded_rows: network rows asked for, and run.
+        groups: of slots that shared their network calls.
+    """
+
+    retired: dict[Hashable, np.ndarray] = field(default_factory=dict)
+    failed: dict[Hashable, StreamFlowError] = field(default_factory=dict)
+    progress: list[Progress] = field(default_factory=list)
+    previews: list[Preview] = field(default_factory=list)
+    timesteps: list[float] = field(default_factory=list)
+    rows: int = 0
+    padded_rows: int = 0
+    groups: int = 0
+
+
+class Engine:
+    """Runs images through their programs, any mix at once.
+
+    Args:
+        networks: by the names that programs use; "base" at least.
+        capacity: images at once, over all layouts.
+        device: where the networks and the state are.
+        dtype: of the state.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, Network],
+        *,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.capacity = capacity
+        self._networks, self._device, self._dtype = networks, torch.device(device), dtype
+        self._tables: dict[Layout, SlotTable] = {}
+        self._slots: dict[Hashable, tuple[SlotTable, Slot]] = {}
+
+    def __len__(self) -> int:
+        """Images under way."""
+        return len(self._slots)
+
+    def __repr__(self) -> str:
+        return f"Engine({len(self)}/{self.capacity} slots, networks={list(self._networks)})"
+
+    @property
+    def free(self) -> int:
+        return self.capacity - len(self)
+
+    def admit(self, image: Image) -> None:
+        """Gives the image a slot; it runs from the next tick on.
+
+        Raises:
+            ValueError: no slot is free, the handle is in use, or the program needs what is not there.
+        """
+        if not self.free:
+            raise ValueError(f"all {self.capacity} slots are in use; admit after a tick retired some")
+        if image.handle in self._slots:
+            raise ValueError(f"image {image.handle!r} is under way already")
+        for op in image.program.ops:
+            if op.network not in self._networks:
+                raise ValueError(f"op {op.name} needs the network {op.network!r}; loaded: {', '.join(self._networks)}")
+            if op.guided and image.unconditional is None:
+                raise ValueError(f"op {op.name} is guided and the image has no unconditional conditioning")
+        table = self._table(image.layout)
+        self._slots[image.handle] = (table, table.allocate(image))
+
+    def cancel(self, handle: Hashable) -> None:
+        """Frees the image's slot; unknown handles are ignored, they may just have retired."""
+        if handle in self._slots:
+            self._release(handle)
+
+    def clear(self) -> None:
+        """Frees every slot."""
+        for handle in list(self._slots):
+            self._release(handle)
+
+    def tick(self) -> TickReport:
+        """One network evaluation for every image under way."""
+        report = TickReport()
+        for table, name, slots in self._gather():
+            step = self._run(table, slots, self._networks[name], report)
+            if step is not None:
+                self._update(slots, step, report)
+        self._retire(report)
+        return report
+
+    def check_integrity(self) -> None:
+        """The books agree: every slot under way has one row of one table."""
+        for table in self._tables.values():
+            table.check_integrity()
+        in_tables = sum(table.capacity - table.free for table in self._tables.values())
+        assert in_tables == len(self._slots), f"{in_tables} rows in use, {len(self._slots)} images"
+
+    def _gather(self) -> list[tuple[SlotTable, str, list[Slot]]]:
+        """The slots under way in groups that one network call can serve."""
+        groups: dict[tuple[Layout, str], list[Slot]] = {}
+        for layout, table in self._tables.items():
+            for slot in table.slots:
+                groups.setdefault((layout, slot.op.network), []).append(slot)
+        return [(self._tables[layout], name, slots) for (layout, name), slots in groups.items()]
+
+    def _run(self, table: SlotTable, slots: list[Slot], network: Network, report: TickReport) -> Step | None:
+        """The group's step; when the network raises, the slots run one by one so that only the guilty one fails."""
+        try:
+            step = run_step(table, slots, network)
+        except Exception as error:
+            if len(slots) == 1:
+                self._fail(slots[0], error, report)
+                return None
+            for slot in slots:
+                alone = self._run(table, [slot], network, report)
+                if alone is not None:
+                    self._update([slot], alone, report)
+            return None
+        report.groups += 1
+        report.rows += step.rows
+        report.padded_rows += step.padded_rows
+        return step
+
+    def _fail(self, slot: Slot, error: Exception, report: TickReport) -> None:
+        _log.exception("network failed for image %s", slot.image.handle, exc_info=error)
+        message = f"the network failed at step {slot.op_index + 1} of {len(slot.image.program)}: {type(error).__name__}"
+        report.failed[slot.image.handle] = GenerationError(message, stage="denoiser")
+        self._release(slot.image.handle)
+
+    def _update(self, slots: Sequence[Slot], step: Step, report: TickReport) -> None:
+        """Advances the programs and takes what is to be shown."""
+        for position, slot in enumerate(slots):
+            image = slot.image
+            report.timesteps.append(slot.op.timestep)
+            slot.op_index += 1
+            report.progress.append(Progress(image.handle, slot.op_index, len(image.program)))
+            if image.preview_interval and slot.op_index % image.preview_interval == 0 and not slot.finished:
+                latents = step.preview[position].float().cpu().numpy()
+                report.previews.append(Preview(image.handle, slot.op_index, latents))
+
+    def _retire(self, report: TickReport) -> None:
+        for handle, (table, slot) in list(self._slots.items()):
+            if not slot.finished:
+                continue
+            latents = table.latents[slot.row].to("cpu", torch.float32, copy=True).numpy()
+            if np.isfinite(latents).all():
+                report.retired[handle] = latents
+            else:
+                message = "the latents are not finite; a lower guidance_scale or float32 (--dtype) may help"
+                report.failed[handle] = GenerationError(message, stage="denoiser")
+            self._release(handle)
+
+    def _release(self, handle: Hashable) -> None:
+        table, slot = self._slots.pop(handle)
+        table.release(slot)
+
+    def _table(self, layout: Layout) -> SlotTable:
+        if layout not in self._tables:
+            idle = [key for key, table in self._tables.items() if table.free == table.capacity]
+            for key in idle[: max(0, len(self._tables) - MAX_LAYOUTS + 1)]:
+                del self._tables[key]
+            self._tables[layout] = SlotTable(layout, capacity=self.capacity, device=self._device, dtype=self._dtype)
+        return self._tables[layout]

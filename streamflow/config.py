@@ -1,0 +1,79 @@
+"""Settings: the only place that reads the environment.
+
+Every field is an environment variable with the prefix `STREAMFLOW_`, such as `STREAMFLOW_REDIS_URL`; a command line
+option of the same name wins over it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """What every process of a deployment needs to know."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+
+    deployment: str = Field(
+        "default", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="Name of the deployment; part of every Redis key"
+    )
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, 6.2 or newer")
+    host: str = Field("127.0.0.1", description="Address to listen on")
+    port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of log lines")
+    log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people")
+    reflection: bool = Field(False, description="Answer gRPC server reflection")
+    max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
+    drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")
+    lease_s: float = Field(10.0, ge=0.5, description="A worker that makes no progress for so long loses its work")
+
+
+class StageSettings(Settings):
+    """What a stage's process needs besides."""
+
+    model: Path = Field(Path("models/shapes"), description="Checkpoint folder in diffusers layout")
+    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
+    device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="Precision of the networks; auto = float32 on a CPU, float16 on a GPU"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads of the networks; 0 = all cores (1 in deterministic mode)")
+    deterministic: bool = Field(
+        False, description="Equal bytes whatever the neighbours: one row count for every call, fixed threads"
+    )
+    slots: int = Field(0, ge=0, le=1024, description="Images that it holds at once; 0 = the stage's default")
+    max_wait_ms: float = Field(4.0, ge=0, description="How long a batch waits for more work (encoder, decoder)")
+    image_workers: int = Field(1, ge=1, le=64, description="Processes that encode pictures (decoder)")
+    prompt_cache_s: float = Field(
+        3600.0, ge=0, description="How long an unused prompt's embeddings stay in Redis (encoder)"
+    )
+
+
+class GatewaySettings(Settings):
+    """What the gateway needs besides."""
+
+    port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    model: Path = Field(Path("models/shapes"), description="Checkpoint folder: its card gives defaults and limits")
+    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
+    api_keys_file: Path | None = Field(
+        None, description="File with one `key tenant` a line; none = no keys are asked for"
+    )
+    tls_cert: Path | None = Field(None, description="Server certificate chain (PEM)")
+    tls_key: Path | None = Field(None, description="Server key (PEM)")
+    max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
+    max_reserved_bytes: int = Field(512 * 2**20, ge=2**20, description="Bytes that results may take in Redis")
+    default_timeout_s: float = Field(600.0, gt=0, description="Deadline of a call that sets none")
+    max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline")
+    max_prompts: int = Field(16, ge=1, description="Prompts in one request")
+    max_images: int = Field(64, ge=1, description="Images in one request")
+    max_prompt_chars: int = Field(4000, ge=1, description="Characters of one prompt")
+    max_image_bytes: int = Field(16 * 2**20, ge=2**16, description="Bytes of an init image or mask")
+    max_image_pixels: int = Field(4_000_000, ge=4096, description="Pixels of an init image or mask")
+    watch_lease_s: float = Field(
+        15.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
+    )
+    reap_interval_s: float = Field(1.0, gt=0, description="How often expired jobs and results are cleared")

@@ -1,0 +1,59 @@
+"""What a model family offers to the stages. Arrays go in and out, so a stage needs to know no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from streamflow.types import ModelCard, Tensors
+
+if TYPE_CHECKING:
+    from streamflow.backends.base import Network
+    from streamflow.flow.samplers import FlowSpec
+
+
+class TextEncoder(Protocol):
+    max_tokens: int
+
+    def encode(self, prompts: Sequence[str]) -> list[Tensors]:
+        """Conditioning per prompt: named float32 arrays without a batch axis."""
+        ...
+
+    def truncated(self, prompt: str) -> str:
+        """The part of the prompt that does not fit, as text; empty when all of it does."""
+        ...
+
+
+class VaeEncoder(Protocol):
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """float32 [n, 3, H, W] in [-1, 1] to scaled latents float32 [n, C, H / f, W / f]: the mode, so no noise."""
+        ...
+
+
+class LatentDecoder(Protocol):
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Scaled latents float32 [n, C, h, w] to uint8 [n, h * f, w * f, 3]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Denoiser:
+    """What the denoiser runs.
+
+    Attributes:
+        networks: by the names that programs use.
+        flow: that they were trained on.
+        conditioning_shapes: of the named tensors that each row is conditioned on, without a batch axis.
+    """
+
+    networks: Mapping[str, Network]
+    flow: FlowSpec
+    card: ModelCard
+    conditioning_shapes: Mapping[str, tuple[int, ...]]
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        factor = self.card.latent_factor
+        return self.card.latent_channels, height_px // factor, width_px // factor

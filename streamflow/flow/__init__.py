@@ -1,0 +1,1 @@
+"""The mathematics of the samplers: schedules, programs, guidance, noise."""

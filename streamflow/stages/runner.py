@@ -1,0 +1,190 @@
+"""The thread that ticks an engine, with asyncio on its outside."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from streamflow.batching.engine import Engine, Preview, Progress, TickReport
+from streamflow.batching.slots import Image
+from streamflow.errors import StreamFlowError, UnavailableError
+
+KEPT_TICKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TickRecord:
+    """One tick for those who look at the engine: what each slot's network call was fed, rows, and its time."""
+
+    timesteps: tuple[float, ...]
+    rows: int
+    padded_rows: int
+    seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Watcher:
+    """Whom to tell about one image; used on the event loop only."""
+
+    latents: asyncio.Future[np.ndarray]
+    on_progress: Callable[[Progress], None] | None
+    on_preview: Callable[[Preview], None] | None
+
+
+class EngineRunner:
+    """Runs images on an engine from asyncio.
+
+    One thread owns the engine: commands reach it through an inbox, reports come back through the event loop, so no
+    state is shared. The thread blocks on its inbox only when nothing is under way. Use as an async context manager.
+
+    Attributes:
+        ticks: the last records, newest last.
+        counters: monotonic counts: ticks, mixed ticks (several timesteps at once), rows, padded rows, images, failures.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.ticks: deque[TickRecord] = deque(maxlen=KEPT_TICKS)
+        self.counters = dict.fromkeys(
+            ("ticks_total", "mixed_ticks_total", "rows_total", "padded_rows_total", "images_total", "failed_total"), 0
+        )
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._watchers: dict[Hashable, _Watcher] = {}
+        self._slots = asyncio.Semaphore(engine.capacity)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._error: BaseException | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Ends the thread after its tick; images under way are cancelled."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+        for watcher in self._watchers.values():
+            watcher.latents.cancel()
+
+    @property
+    def in_use(self) -> int:
+        """Images that hold or wait for a slot."""
+        return len(self._watchers)
+
+    async def run(
+        self,
+        image: Image,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        on_preview: Callable[[Preview], None] | None = None,
+    ) -> np.ndarray:
+        """Runs one image and returns its latents, float32 [C, H, W]; waits while all slots are in use.
+
+        Cancelling the caller frees the slot before the next tick. The callbacks run on the event loop.
+
+        Raises:
+            GenerationError: the network failed or the latents are not finite.
+            UnavailableError: the engine's thread has ended.
+        """
+        watcher = _Watcher(self._loop.create_future(), on_progress, on_preview)
+        if image.handle in self._watchers:
+            raise ValueError(f"image {image.handle!r} is under way already")
+        self._watchers[image.handle] = watcher
+        try:
+            async with self._slots:
+                return await self._run_in_slot(image, watcher)
+        finally:
+            del self._watchers[image.handle]
+
+    async def _run_in_slot(self, image: Image, watcher: _Watcher) -> np.ndarray:
+        if self._error is not None:
+            raise UnavailableError("the denoiser's engine has ended; restart the denoiser") from self._error
+        self._inbox.put(lambda: self._admit(image))
+        try:
+            return await watcher.latents
+        except asyncio.CancelledError:
+            # Whoever gets the slot next is admitted behind this command.
+            self._inbox.put(lambda: self._engine.cancel(image.handle))
+            raise
+
+    # -- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        try:
+            while self._obey():
+                started = time.perf_counter()
+                report = self._engine.tick()
+                self._tell(self._deliver, report, time.perf_counter() - started)
+            self._engine.clear()
+        except BaseException as error:
+            self._tell(self._break, error)
+            raise
+
+    def _obey(self) -> bool:
+        """Carries out what is in the inbox, waiting for it when idle; False at the end."""
+        while True:
+            if not len(self._engine):
+                self._engine.check_integrity()
+            try:
+                command = self._inbox.get(block=not len(self._engine))
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+
+    def _admit(self, image: Image) -> None:
+        try:
+            self._engine.admit(image)
+        except (ValueError, RuntimeError) as error:
+            self._tell(self._fail, image.handle, error)
+
+    def _tell(self, callback: Callable[..., None], *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    # -- the event loop ----------------------------------------------------------------------------------------------
+
+    def _deliver(self, report: TickReport, seconds: float) -> None:
+        self._count(report, seconds)
+        for progress in report.progress:
+            watcher = self._watchers.get(progress.handle)
+            if watcher is not None and watcher.on_progress is not None:
+                watcher.on_progress(progress)
+        for preview in report.previews:
+            watcher = self._watchers.get(preview.handle)
+            if watcher is not None and watcher.on_preview is not None:
+                watcher.on_preview(preview)
+        for handle, latents in report.retired.items():
+            watcher = self._watchers.get(handle)
+            if watcher is not None and not watcher.latents.done():
+                watcher.latents.set_result(latents)
+        for handle, error in report.failed.items():
+            self._fail(handle, error)
+
+    def _count(self, report: TickReport, seconds: float) -> None:
+        self.ticks.append(TickRecord(tuple(report.timesteps), report.rows, report.padded_rows, seconds))
+        self.counters["ticks_total"] += 1
+        self.counters["mixed_ticks_total"] += len(set(report.timesteps)) > 1
+        self.counters["rows_total"] += report.rows
+        self.counters["padded_rows_total"] += report.padded_rows
+        self.counters["images_total"] += len(report.retired)
+        self.counters["failed_total"] += len(report.failed)
+
+    def _fail(self, handle: Hashable, error: StreamFlowError | Exception) -> None:
+        watcher = self._watchers.get(handle)
+        if watcher is not None and not watcher.latents.done():
+            watcher.latents.set_exception(error)
+
+    def _break(self, error: BaseException) -> None:
+        self._error = error
+        for handle in list(self._watchers):
+            self._fail(handle, UnavailableError(f"the denoiser's engine ended: {type(error).__name__}"))

@@ -1,0 +1,271 @@
+"""The contract between the gateway, the stages and what carries their work.
+
+Two implementations keep it: `redis_streams` (processes) and `memory` (one process, tests). One contract test runs over
+both. Payloads are bytes; this module knows neither protobuf nor torch.
+
+A job has images; an image is in exactly one place at a time: waiting, in one stage's stream, or terminal. Its field
+names that place together with the stream entry that holds it, so every hand-over is a compare-and-set and a worker that
+comes too late changes nothing. Execution is at least once, effects are exactly once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from streamflow.types import Failure, JobState, Stage, WorkerInfo
+
+Payload = Mapping[str, bytes]
+"""What one stage tells the next: references to blobs and small tensors, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """One image of one job; `str` gives `<job>:<index>`."""
+
+    job_id: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.job_id}:{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One delivery of one image to one worker.
+
+    Attributes:
+        id: of the stream entry; a redelivery has the same one.
+        attempt: 1 for the first delivery.
+        enqueued_at_s: when the entry was appended, by the transport's clock.
+        deadline_at_s: of the job, by the transport's clock; `remaining_s` counts from the moment it was read.
+    """
+
+    id: str
+    stage: Stage
+    ref: ImageRef
+    payload: Payload
+    attempt: int = 1
+    enqueued_at_s: float = 0.0
+    deadline_at_s: float = 0.0
+    remaining_s: float = 0.0
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A request at admission.
+
+    Attributes:
+        id: unique in the deployment.
+        digest: SHA-256 of the request, so that the same id with another request is refused.
+        spec: opaque bytes for the stages (a JobSpec message).
+        timeout_s: from now to the deadline.
+        priority: -1 low, 0 normal, 1 high.
+        reserved_bytes: what its results may take.
+        watch_lease_s: the job is cancelled when nobody has watched it for so long; None = detached.
+    """
+
+    id: str
+    digest: str
+    spec: bytes
+    num_images: int
+    tenant: str = ""
+    timeout_s: float = 600.0
+    priority: int = 0
+    reserved_bytes: int = 0
+    watch_lease_s: float | None = None
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """`attached` when the same id and digest were there already."""
+
+    attached: bool
+    admitted_at_s: float
+    deadline_at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as it stands; `images[k]` is waiting, encode, denoise, decode, done, error, cancelled or deadline."""
+
+    id: str
+    state: JobState
+    spec: bytes
+    tenant: str
+    images: tuple[str, ...]
+    admitted_at_s: float
+    deadline_at_s: float
+    finished_at_s: float | None = None
+    failure: Failure | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def num_finished(self) -> int:
+        return sum(state == "done" for state in self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """Images of all jobs that will be released before this job's first waiting one; None = nothing waits."""
+
+    ahead: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """What a beat found out: entries that are no longer ours, and entries whose image is already terminal."""
+
+    lost: frozenset[str] = frozenset()
+    cancelled: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Caps that ADMIT enforces; beyond them it raises BusyError."""
+
+    max_jobs: int = 1000
+    max_reserved_bytes: int = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewTask:
+    """Latents of an unfinished image, for a decoder that has nothing better to do."""
+
+    ref: ImageRef
+    step: int
+    payload: Payload = field(default_factory=dict)
+
+
+class Transport(Protocol):
+    """All methods are safe to repeat: a retry after a lost reply has no second effect."""
+
+    # -- gateways ----------------------------------------------------------------------------------------------------
+
+    async def admit(self, job: NewJob) -> Admission:
+        """Writes the job down and queues its images, or attaches to the same one.
+
+        Raises:
+            AlreadyExistsError: the id is there with another digest.
+            BusyError: over `Limits`, or the store is full.
+            UnavailableError: the store cannot be reached.
+        """
+        ...
+
+    async def job(self, job_id: str) -> JobView:
+        """Raises NotFoundError when the id is unknown or its tombstone has expired."""
+        ...
+
+    async def jobs(self, *, tenant: str | None = None, after: str = "", count: int = 100) -> list[JobView]:
+        """Jobs in order of admission, newest first; `after` is the id that the page before ended with."""
+        ...
+
+    async def result(self, ref: ImageRef) -> bytes | None:
+        """The stored bytes of a finished image; None while there are none."""
+        ...
+
+    async def mark_delivered(self, job_id: str) -> None:
+        """The client has read everything: the results may go after a minute."""
+        ...
+
+    async def cancel(
+        self, job_id: str, *, state: JobState = JobState.CANCELLED, failure: Failure | None = None
+    ) -> bool:
+        """Makes a running job terminal; False when it was terminal already. Raises NotFoundError."""
+        ...
+
+    async def renew_watch(self, job_id: str) -> None:
+        """Somebody still watches."""
+        ...
+
+    async def queue_position(self, job_id: str) -> QueuePosition: ...
+
+    def subscribe(self, job_id: str) -> AbstractAsyncContextManager[AsyncIterator[bytes | None]]:
+        """Wake-ups of a job: published events, and None when only the state changed. Lossy; the job is the truth.
+
+        The subscription is active once the context is entered. The iterator also yields None about every second, so
+        that its reader looks at the job again.
+        """
+        ...
+
+    async def reap(self) -> int:
+        """Ends jobs past their deadline or watch lease, frees expired results; returns how many it touched."""
+        ...
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
+        """At most `count` entries, redeliveries first; empty after `block_s` (at most 2) without any.
+
+        Entries of terminal images and entries delivered too often never come back from here: they are acknowledged,
+        the latter after FINISH(ERROR) and a note in `dead`.
+        """
+        ...
+
+    async def spec(self, job_id: str) -> bytes:
+        """The job's opaque bytes. Raises NotFoundError."""
+        ...
+
+    async def advance(self, entry: Entry, to: Stage, payload: Payload, *, warnings: Sequence[str] = ()) -> bool:
+        """Hands the image to another stage and acknowledges `entry`, at once; False when it came too late."""
+        ...
+
+    async def finish(self, entry: Entry, result: bytes | Failure) -> bool:
+        """Stores the result (or fails the job) and acknowledges `entry`, at once; False when it came too late."""
+        ...
+
+    async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
+        """Renews the leases of the entries on which there was progress."""
+        ...
+
+    async def hand_back(self, stage: Stage, worker_id: str, entries: Iterable[Entry], *, count_attempt: bool) -> None:
+        """Lets any worker claim the entries at once; an orderly shutdown does not count as an attempt."""
+        ...
+
+    async def put_blob(self, data: bytes, *, keep_s: float) -> str:
+        """Stores bytes under their SHA-256 and returns it; kept at least `keep_s` from now."""
+        ...
+
+    async def get_blob(self, sha256: str) -> bytes | None: ...
+
+    async def put_cached(self, key: str, data: bytes, *, keep_s: float) -> None:
+        """Stores a computed value under a key of the caller's (a content hash of what it was computed from)."""
+        ...
+
+    async def get_cached(self, key: str, *, keep_s: float) -> bytes | None:
+        """The value, kept at least `keep_s` from now; None when it is not there."""
+        ...
+
+    async def publish(self, job_id: str, event: bytes) -> None:
+        """Sends a lossy event (progress, preview) to whoever watches."""
+        ...
+
+    async def push_preview(self, task: PreviewTask) -> None:
+        """Offers latents to the decoders; the oldest are dropped first."""
+        ...
+
+    async def pop_preview(self) -> PreviewTask | None: ...
+
+    # -- everybody ---------------------------------------------------------------------------------------------------
+
+    async def register(self, worker: WorkerInfo, *, lease_s: float) -> None: ...
+
+    async def unregister(self, worker_id: str) -> None: ...
+
+    async def workers(self) -> list[WorkerInfo]:
+        """Replicas whose lease has not lapsed."""
+        ...
+
+    async def backlog(self) -> dict[str, int]:
+        """Images by place: waiting, and undelivered plus pending entries of each stage."""
+        ...
+
+    async def ping(self) -> None:
+        """Raises UnavailableError when the store cannot take writes."""
+        ...
+
+    async def close(self) -> None: ...

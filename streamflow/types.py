@@ -1,0 +1,182 @@
+"""The values that the parts of StreamFlow hand to each other: frozen, and free of torch, gRPC and Redis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+Tensors = Mapping[str, np.ndarray]
+"""Named arrays, such as the conditioning of one prompt: {"prompt_embeds": float32 [tokens, width]}."""
+
+
+class Stage(StrEnum):
+    """The three stages; the value names the stream that feeds each."""
+
+    ENCODE = "encode"
+    DENOISE = "denoise"
+    DECODE = "decode"
+
+    @property
+    def service(self) -> str:
+        """The name of the service that runs this stage, as users see it."""
+        return {"encode": "encoder", "denoise": "denoiser", "decode": "decoder"}[self.value]
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    IMAGES = "images"
+    ERROR = "error"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class ImageFormat(StrEnum):
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+    RAW = "raw"
+
+
+class DecoderKind(StrEnum):
+    TINY = "tiny"
+    FULL = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an image or a job did not give a picture: a gRPC status name, one sentence, and the stage."""
+
+    code: str
+    message: str
+    stage: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What one checkpoint offers, and the values that a request's unset fields take.
+
+    Sizes are pixels; `size_multiple` is what width and height must be a multiple of.
+    """
+
+    name: str
+    family: str
+    revision: str
+    default_width: int
+    default_height: int
+    size_multiple: int
+    max_width: int
+    max_height: int
+    default_steps: int
+    max_steps: int
+    default_guidance_scale: float
+    default_sampler: str
+    samplers: tuple[str, ...]
+    decoders: tuple[DecoderKind, ...]
+    default_decoder: DecoderKind
+    max_prompt_tokens: int
+    latent_channels: int
+    latent_factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """The text of one image, and the images that it starts from.
+
+    Attributes:
+        prompt, negative_prompt: texts; the negative one is encoded only where `guided`.
+        guided: whether the sampler needs the negative conditioning.
+        init_image: uint8 [height, width, 3], already of the request's size; or None.
+        mask: uint8 [height, width], 255 = repaint; or None.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    guided: bool = False
+    init_image: np.ndarray | None = None
+    mask: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedJob:
+    """What the encoder makes of an EncodeJob.
+
+    Attributes:
+        conditioning, negative: named arrays without a batch axis; `negative` is None unless guided.
+        init_latents: float32 [channels, height / f, width / f], scaled; or None.
+        mask: float32 [height / f, width / f] in [0, 1], 1 = repaint; or None.
+        warnings: sentences for the user, such as what was cut off a prompt.
+    """
+
+    conditioning: Tensors
+    negative: Tensors | None = None
+    init_latents: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DenoiseJob:
+    """One image for the running batch.
+
+    Attributes:
+        conditioning, negative: see EncodedJob.
+        steps: of the whole schedule, before `strength` shortens it.
+        guidance_scale: classifier-free guidance; 1 or less runs the conditional row alone.
+        sampler: a name with options, such as "euler".
+        seed: of this image (the request's seed plus the image's index), in [0, 2**64).
+        height, width: pixels.
+        init_latents, strength, mask: img2img and inpainting; see EncodedJob.
+        noise: float32 [channels, height / f, width / f] in place of the seed's; or None.
+        preview_interval_steps: a preview after every so many steps; 0 = none.
+    """
+
+    conditioning: Tensors
+    steps: int
+    guidance_scale: float
+    sampler: str
+    seed: int
+    height: int
+    width: int
+    negative: Tensors | None = None
+    init_latents: np.ndarray | None = None
+    strength: float = 1.0
+    mask: np.ndarray | None = None
+    noise: np.ndarray | None = None
+    preview_interval_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """How one picture is decoded and encoded. `quality` is 1 to 100, for JPEG and WebP."""
+
+    format: ImageFormat = ImageFormat.PNG
+    quality: int = 90
+    decoder: DecoderKind = DecoderKind.TINY
+    embed_metadata: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """One replica as the registry shows it; `backlog` counts entries that wait for its stage."""
+
+    worker_id: str
+    stage: Stage
+    address: str
+    model: str
+    model_revision: str
+    backend: str
+    device: str
+    slots: int
+    slots_in_use: int = 0
+    backlog: int = 0
+    draining: bool = False
+    started_at_s: float = 0.0
+    counters: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,52 @@
+from streamflow.v1 import encoder_pb2 as _encoder_pb2
+from streamflow.v1 import types_pb2 as _types_pb2
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DenoiseRequest(_message.Message):
+    __slots__ = ("conditioning", "negative_conditioning", "steps", "guidance_scale", "sampler", "seed", "width", "height", "init_latents", "strength", "mask", "noise")
+    CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    HEIGHT_FIELD_NUMBER: _ClassVar[int]
+    INIT_LATENTS_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    NOISE_FIELD_NUMBER: _ClassVar[int]
+    conditioning: _encoder_pb2.Conditioning
+    negative_conditioning: _encoder_pb2.Conditioning
+    steps: int
+    guidance_scale: float
+    sampler: str
+    seed: int
+    width: int
+    height: int
+    init_latents: _types_pb2.Tensor
+    strength: float
+    mask: _types_pb2.Tensor
+    noise: _types_pb2.Tensor
+    def __init__(self, conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., negative_conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., strength: _Optional[float] = ..., mask: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class DenoiseEvent(_message.Message):
+    __slots__ = ("progress", "latents")
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    progress: DenoiseProgress
+    latents: _types_pb2.Tensor
+    def __init__(self, progress: _Optional[_Union[DenoiseProgress, _Mapping]] = ..., latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+
+class DenoiseProgress(_message.Message):
+    __slots__ = ("step", "steps")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    steps: int
+    def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...

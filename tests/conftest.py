@@ -1,0 +1,27 @@
+"""Fixtures for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shapes() -> Path:
+    """The built-in model."""
+    return REPOSITORY / "models" / "shapes"
+
+
+@pytest.fixture(scope="session")
+def sd_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Stable Diffusion checkpoint with random weights."""
+    import torch
+
+    from tests.checkpoints import save_sd_checkpoint
+
+    # Several threads on a busy machine cost more than they bring for networks this small.
+    torch.set_num_threads(1)
+    return save_sd_checkpoint(tmp_path_factory.mktemp("checkpoints") / "sd")

@@ -1,0 +1,133 @@
+"""The denoiser stage: jobs to latents, from a script and from asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.stages.denoiser import DenoiserStage
+from streamflow.types import DenoiseJob
+from tests.checkpoints import TOKENS
+
+
+@pytest.fixture(scope="module")
+def stage(sd_checkpoint: Path) -> DenoiserStage:
+    return DenoiserStage.load(sd_checkpoint, device="cpu", slots=4)
+
+
+def embeds(seed: int) -> dict[str, np.ndarray]:
+    return {"prompt_embeds": np.random.default_rng(seed).normal(size=(TOKENS, 16)).astype(np.float32)}
+
+
+def job(seed: int = 0, **changes: object) -> DenoiseJob:
+    fields = {
+        "conditioning": embeds(seed),
+        "negative": embeds(1000 + seed),
+        "steps": 3,
+        "guidance_scale": 1.0,
+        "sampler": "euler",
+        "seed": seed,
+        "height": 64,
+        "width": 64,
+    }
+    return DenoiseJob(**fields | changes)  # type: ignore[arg-type]
+
+
+async def test_concurrent_jobs_mix_timesteps_and_equal_the_script(stage: DenoiserStage) -> None:
+    jobs = [job(k, steps=2 + 3 * k, guidance_scale=1.0 + k % 2) for k in range(6)]
+    async with stage:
+        together = await asyncio.gather(*(stage.denoise(one) for one in jobs))
+        assert any(len(set(tick.timesteps)) > 1 for tick in stage.ticks)
+        assert stage.counters["mixed_ticks_total"] > 0
+        assert stage.counters["images_total"] == len(jobs)
+        assert stage.free_slots == stage.slots
+    for ours, expected in zip(together, stage.run(jobs), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+async def test_progress_and_previews_arrive_in_order(stage: DenoiserStage) -> None:
+    steps: list[tuple[int, int]] = []
+    previews: list[int] = []
+    async with stage:
+        await stage.denoise(
+            job(steps=5, preview_interval_steps=2),
+            on_progress=lambda step, of: steps.append((step, of)),
+            on_preview=lambda step, latents: previews.append(step),
+        )
+    assert steps == [(k, 5) for k in range(1, 6)]
+    assert previews == [2, 4]
+
+
+async def test_cancelled_caller_frees_its_slot_and_neighbours_go_on(stage: DenoiserStage) -> None:
+    async with stage:
+        started = asyncio.Event()
+        long = asyncio.create_task(stage.denoise(job(1, steps=100), on_progress=lambda *_: started.set()))
+        neighbour = asyncio.create_task(stage.denoise(job(2, steps=8)))
+        await started.wait()
+        long.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await long
+        latents = await neighbour
+        # Every slot can be had again: the cancelled one too.
+        await asyncio.gather(*(stage.denoise(job(k)) for k in range(stage.slots)))
+        assert stage.counters["ticks_total"] < 60
+    np.testing.assert_allclose(latents, stage.run([job(2, steps=8)])[0], rtol=0, atol=1e-4)
+
+
+async def test_a_bad_image_fails_alone(stage: DenoiserStage) -> None:
+    poison = np.full((4, 16, 16), np.inf, np.float32)
+    async with stage:
+        good, bad = await asyncio.gather(
+            stage.denoise(job(1)), stage.denoise(job(2, noise=poison)), return_exceptions=True
+        )
+    assert isinstance(good, np.ndarray)
+    assert isinstance(bad, GenerationError)
+    assert "not finite" in str(bad)
+
+
+async def test_leaving_the_stage_ends_what_is_under_way(stage: DenoiserStage) -> None:
+    async with stage:
+        task = asyncio.create_task(stage.denoise(job(steps=100)))
+        await asyncio.sleep(0)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert len(stage._engine) == 0
+    stage._engine.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise": np.zeros((4, 8, 8), np.float32)}, r"noise: got 'shape \[4, 8, 8\]'"),
+        ({"conditioning": {"other": np.zeros(3)}}, "prompt_embeds"),
+        ({"conditioning": {"prompt_embeds": np.zeros((3, 16))}}, r"conditioning.prompt_embeds.*\[12, 16\]"),
+        ({"guidance_scale": 2.0, "negative": None}, "guidance_scale"),
+        ({"sampler": "nope"}, "sampler.*euler"),
+        ({"mask": np.ones((16, 16), np.float32)}, "init image"),
+        ({"init_latents": np.zeros((4, 16, 16), np.float32), "strength": 0.1}, "strength"),
+    ],
+)
+def test_jobs_that_cannot_run_are_refused(stage: DenoiserStage, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        stage.run([job(**changes)])
+    assert stage.free_slots == stage.slots
+
+
+def test_image_to_image_starts_from_its_source(stage: DenoiserStage) -> None:
+    source = np.random.default_rng(5).normal(size=(4, 16, 16)).astype(np.float32)
+    near, far = (
+        np.linalg.norm(stage.run([job(init_latents=source, strength=strength, steps=10)])[0] - source)
+        for strength in (0.1, 0.9)
+    )
+    assert near < far
+
+
+def test_more_jobs_than_slots_from_a_script(stage: DenoiserStage) -> None:
+    seen: list[object] = []
+    results = stage.run([job(k) for k in range(9)], on_progress=lambda progress: seen.append(progress.handle))
+    assert len(results) == 9
+    assert sorted(set(seen)) == list(range(9))  # type: ignore[type-var]
