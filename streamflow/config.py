@@ -6,6 +6,8 @@ option of the same name wins over it.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -47,6 +49,9 @@ class StageSettings(Settings):
     )
     slots: int = Field(0, ge=0, le=1024, description="Images that it holds at once; 0 = the stage's default")
     max_wait_ms: float = Field(4.0, ge=0, description="How long a batch waits for more work (encoder, decoder)")
+    progress_timeout_s: float = Field(
+        120.0, gt=0, description="An image on which a network makes no progress for so long gets another attempt"
+    )
     image_workers: int = Field(1, ge=1, le=64, description="Processes that encode pictures (decoder)")
     prompt_cache_s: float = Field(
         3600.0, ge=0, description="How long an unused prompt's embeddings stay in Redis (encoder)"
@@ -77,3 +82,18 @@ class GatewaySettings(Settings):
         15.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
     )
     reap_interval_s: float = Field(1.0, gt=0, description="How often expired jobs and results are cleared")
+
+
+class ClientSettings(BaseSettings):
+    """What the command line needs to reach a deployment; the SDK takes arguments only."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+
+    address: str = Field(default="127.0.0.1:50051", description="Address of a gateway")
+    api_key: str | None = Field(default=None, description="Key to send with every call", repr=False)
+    tls_ca: Path | None = Field(default=None, description="Certificate authority (PEM) to trust; turns TLS on")
+
+
+def child_environment(settings: Mapping[str, object]) -> dict[str, str]:
+    """This process's environment for a child, with settings by field name put over it."""
+    return {**os.environ, **{f"STREAMFLOW_{name.upper()}": str(value) for name, value in settings.items()}}

@@ -111,9 +111,13 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """Images of all jobs that will be released before this job's first waiting one; None = nothing waits."""
+    """Images of all jobs that will be released before this job's first waiting one; None = nothing waits.
+
+    `estimate_s` is how long that may take at the measured rate; None while there is none.
+    """
 
     ahead: int | None
+    estimate_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,15 @@ class PreviewTask:
 
 
 class Transport(Protocol):
-    """All methods are safe to repeat: a retry after a lost reply has no second effect."""
+    """All methods are safe to repeat: a retry after a lost reply has no second effect.
+
+    One worker id reads with one call at a time.
+    """
+
+    @property
+    def lease_s(self) -> float:
+        """An entry without a heartbeat for so long goes to another worker."""
+        ...
 
     # -- gateways ----------------------------------------------------------------------------------------------------
 
@@ -222,12 +234,24 @@ class Transport(Protocol):
         """Renews the leases of the entries on which there was progress."""
         ...
 
-    async def hand_back(self, stage: Stage, worker_id: str, entries: Iterable[Entry], *, count_attempt: bool) -> None:
-        """Lets any worker claim the entries at once; an orderly shutdown does not count as an attempt."""
+    async def hand_back(
+        self, stage: Stage, worker_id: str, entries: Iterable[Entry] | None, *, count_attempt: bool
+    ) -> int:
+        """Lets any worker claim the entries at once; an orderly shutdown does not count as an attempt.
+
+        None = everything that the worker was given, also where the reply was lost. Returns how many it handed back.
+        """
         ...
 
-    async def put_blob(self, data: bytes, *, keep_s: float) -> str:
-        """Stores bytes under their SHA-256 and returns it; kept at least `keep_s` from now."""
+    async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
+        """Stores bytes under their SHA-256 and returns it; kept at least `keep_s` from now.
+
+        Args:
+            admitted: they are for admitted work, which goes on when the store is full.
+
+        Raises:
+            BusyError: the store is full, and they are not for admitted work.
+        """
         ...
 
     async def get_blob(self, sha256: str) -> bytes | None: ...

@@ -1,0 +1,1 @@
+"""What clients call: validates, admits, and streams what happens."""

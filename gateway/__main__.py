@@ -1,0 +1,78 @@
+"""Starts a gateway: `python -m gateway --model models/shapes --redis-url redis://127.0.0.1:6379/0`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import grpc
+from pydantic import ValidationError
+
+from gateway.pipeline import Pipeline
+from gateway.servicer import GatewayServicer
+from gateway.upkeep import keep_up
+from streamflow.config import GatewaySettings
+from streamflow.errors import StreamFlowError
+from streamflow.families import describe
+from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.server import RpcServer, Service, server_credentials
+from streamflow.telemetry import Counters, configure_logging
+from streamflow.transport.base import Limits
+from streamflow.transport.redis_streams import RedisTransport
+from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
+
+
+async def serve(settings: GatewaySettings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    card = describe(settings.model, settings.model_name)
+    keys = ApiKeys.load(settings.api_keys_file)
+    counters = Counters()
+    limits = Limits(max_jobs=settings.max_jobs, max_reserved_bytes=settings.max_reserved_bytes)
+    transport = RedisTransport.from_url(
+        settings.redis_url, deployment=settings.deployment, revision=card.revision, limits=limits
+    )
+    pipeline = Pipeline(transport, card=card, settings=settings, counters=counters)
+    servicer = GatewayServicer(
+        pipeline, transport=transport, card=card, settings=settings, keys=keys, counters=counters
+    )
+    name = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
+    server = RpcServer(
+        settings,
+        services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)],
+        keys=keys,
+        credentials=_credentials(settings),
+        on_drain=pipeline.drain,
+    )
+    try:
+        async with server, asyncio.TaskGroup() as tasks:
+            upkeep = tasks.create_task(keep_up(transport, server, every_s=settings.reap_interval_s), name="upkeep")
+            await server.run_until_stopped()
+            upkeep.cancel()
+    finally:
+        await transport.close()
+
+
+def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
+    if settings.tls_cert is None and settings.tls_key is None:
+        return None
+    if settings.tls_cert is None or settings.tls_key is None:
+        raise ValueError("tls_cert and tls_key belong together: give both, or neither for no TLS")
+    return server_credentials(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        # An option for every setting, such as --redis-url.
+        settings = GatewaySettings(
+            _cli_parse_args=sys.argv[1:] if argv is None else argv,  # type: ignore[call-arg]
+            _cli_prog_name="python -m gateway",
+            _cli_kebab_case=True,
+        )
+        configure_logging(level=settings.log_level, log_format=settings.log_format, service="gateway")
+        asyncio.run(serve(settings))
+    except (ValidationError, StreamFlowError, ValueError, OSError) as error:
+        sys.exit(f"gateway: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""Whether a request can be taken, and what its unset fields become: pure functions, no I/O.
+
+Every refusal is an InvalidRequestError that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+from streamflow.config import GatewaySettings
+from streamflow.errors import DeadlineError, InvalidRequestError
+from streamflow.flow.catalog import first_step, parse_sampler
+from streamflow.rpc import convert
+from streamflow.types import ModelCard
+from streamflow.v1 import types_pb2
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+MAX_GUIDANCE_SCALE = 100.0
+DEFAULT_STRENGTH = 0.8
+
+# Rectified-flow pipelines of diffusers count the steps of img2img upwards.
+_ROUND_UP_FAMILIES = ("sd3", "flux")
+_TRUE_CFG_FAMILIES = ("flux",)
+_PRIORITIES = {
+    types_pb2.PRIORITY_UNSPECIFIED: 0,
+    types_pb2.PRIORITY_LOW: -1,
+    types_pb2.PRIORITY_NORMAL: 0,
+    types_pb2.PRIORITY_HIGH: 1,
+}
+# Room for an image's entry, events and embeddings beside its pixels.
+_OVERHEAD_BYTES = 256 * 1024
+
+
+def fill_in(
+    request: types_pb2.GenerateRequest, *, card: ModelCard, settings: GatewaySettings, request_id: str, seed: int
+) -> types_pb2.GenerateRequest:
+    """The request with every default filled in, and without its image bytes.
+
+    Args:
+        request_id, seed: for a request that has none.
+
+    Raises:
+        InvalidRequestError: the request cannot be served.
+    """
+    check(request, card=card, settings=settings)
+    filled = types_pb2.GenerateRequest()
+    filled.CopyFrom(request)
+    filled.ClearField("init_image")
+    filled.ClearField("mask_image")
+    filled.request_id = request.request_id or request_id
+    filled.model = card.name
+    filled.num_images = request.num_images or 1
+    filled.width = request.width or card.default_width
+    filled.height = request.height or card.default_height
+    filled.sampler = request.sampler.strip() or card.default_sampler
+    filled.priority = request.priority or types_pb2.PRIORITY_NORMAL
+    _default(filled, "steps", card.default_steps)
+    _default(filled, "guidance_scale", card.default_guidance_scale)
+    _default(filled, "seed", seed)
+    if request.init_image:
+        _default(filled, "strength", DEFAULT_STRENGTH)
+    filled.output.CopyFrom(convert.output_to_pb(convert.output_from_pb(request.output, decoder=card.default_decoder)))
+    return filled
+
+
+def check(request: types_pb2.GenerateRequest, *, card: ModelCard, settings: GatewaySettings) -> None:
+    """Raises InvalidRequestError for the first field that cannot be used."""
+    _check_identity(request, card)
+    _check_prompts(request, card, settings)
+    _check_counts(request, card, settings)
+    _check_guidance(request, card)
+    _check_size(request, card, settings)
+    _check_images(request, card, settings)
+    _check_output(request, card)
+
+
+def digest(request: types_pb2.GenerateRequest) -> str:
+    """SHA-256 of the request as the client gave it: sent again it is the same, even where the server chose the seed."""
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()
+
+
+def timeout_s(remaining_s: float | None, settings: GatewaySettings) -> float:
+    """Seconds from now to the job's deadline: what is left of the call, within the deployment's bounds."""
+    if remaining_s is None:
+        return settings.default_timeout_s
+    if not remaining_s > 0:
+        raise DeadlineError("the call's deadline had passed before it was admitted; allow it more time")
+    return min(remaining_s, settings.max_timeout_s)
+
+
+def priority(request: types_pb2.GenerateRequest) -> int:
+    """-1 low, 0 normal, 1 high."""
+    return _PRIORITIES[request.priority]
+
+
+def num_images(request: types_pb2.GenerateRequest) -> int:
+    """Images over all prompts."""
+    return len(request.prompts) * (request.num_images or 1)
+
+
+def reserved_bytes(request: types_pb2.GenerateRequest) -> int:
+    """What the results of a filled-in request may take: raw pixels at most, and what belongs to them."""
+    return num_images(request) * (request.width * request.height * 3 + _OVERHEAD_BYTES)
+
+
+def check_request_id(request_id: str, *, field: str = "request_id") -> None:
+    if not REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError(field, request_id, "1 to 64 of A-Z a-z 0-9 . _ -")
+
+
+def _check_identity(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
+    if request.request_id:
+        check_request_id(request.request_id)
+    if request.model not in ("", card.name):
+        raise InvalidRequestError("model", request.model, f"one of {card.name}")
+    _check_enum("priority", request.priority, types_pb2.Priority.items())
+
+
+def _check_prompts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
+    if request.class_labels:
+        raise InvalidRequestError("class_labels", list(request.class_labels), "none", f"{card.name} takes prompts")
+    if not 1 <= len(request.prompts) <= settings.max_prompts:
+        raise InvalidRequestError("prompts", f"{len(request.prompts)} prompts", f"1 to {settings.max_prompts}")
+    for number, prompt in enumerate(request.prompts):
+        field = f"prompts[{number}]"
+        _check_text(field, prompt, settings)
+        if not prompt.strip():
+            raise InvalidRequestError(field, prompt, "some text", "say what the picture should show")
+    _check_text("negative_prompt", request.negative_prompt, settings)
+
+
+def _check_text(field: str, text: str, settings: GatewaySettings) -> None:
+    if len(text) > settings.max_prompt_chars:
+        raise InvalidRequestError(field, text, f"at most {settings.max_prompt_chars} characters")
+    bad = next((char for char in text if unicodedata.category(char) == "Cc" and char not in "\t\n\r"), None)
+    if bad is not None:
+        raise InvalidRequestError(field, text, "text without control characters", f"remove U+{ord(bad):04X}")
+
+
+def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
+    if request.HasField("steps"):
+        _check_range("steps", request.steps, 1, card.max_steps)
+    if num_images(request) > settings.max_images:
+        allowed = f"at most {settings.max_images} images over all prompts"
+        raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
+    _check_range("preview_interval_steps", request.preview_interval_steps, 0, card.max_steps)
+
+
+def _check_guidance(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
+    if request.HasField("guidance_scale"):
+        _check_range("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+    if request.HasField("true_cfg_scale"):
+        if card.family not in _TRUE_CFG_FAMILIES:
+            hint = f"{card.name} has guidance_scale only"
+            raise InvalidRequestError("true_cfg_scale", request.true_cfg_scale, "leave it out", hint)
+        _check_range("true_cfg_scale", request.true_cfg_scale, 0, MAX_GUIDANCE_SCALE)
+    if request.sampler.strip():
+        name, _ = parse_sampler(request.sampler)
+        if name not in card.samplers:
+            raise InvalidRequestError("sampler", request.sampler, "one of " + ", ".join(card.samplers))
+
+
+def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
+    multiple = card.size_multiple
+    for field, value, most in (("width", request.width, card.max_width), ("height", request.height, card.max_height)):
+        if value and (value % multiple or value > most):
+            raise InvalidRequestError(field, value, f"multiples of {multiple} from {multiple} to {most}")
+    filled = types_pb2.GenerateRequest(
+        prompts=request.prompts,
+        num_images=request.num_images,
+        width=request.width or card.default_width,
+        height=request.height or card.default_height,
+    )
+    if reserved_bytes(filled) > settings.max_reserved_bytes:
+        given = f"{num_images(request)} images of {filled.width} x {filled.height}"
+        raise InvalidRequestError(
+            "num_images", given, "what this deployment can hold", "ask for fewer or smaller images"
+        )
+
+
+def _check_images(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
+    if request.mask_image and not request.init_image:
+        raise InvalidRequestError("mask_image", request.mask_image, "only with init_image", "send the image to repaint")
+    if request.HasField("strength") and not request.init_image:
+        raise InvalidRequestError("strength", request.strength, "only with init_image")
+    for field, data in (("init_image", request.init_image), ("mask_image", request.mask_image)):
+        if len(data) > settings.max_image_bytes:
+            raise InvalidRequestError(field, f"{len(data)} bytes", f"at most {settings.max_image_bytes} bytes")
+    if request.init_image:
+        steps = request.steps or card.default_steps
+        strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
+        first_step(steps, strength, round_up=card.family in _ROUND_UP_FAMILIES)
+
+
+def _check_output(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
+    output = request.output
+    _check_enum("output.format", output.format, types_pb2.ImageFormat.items())
+    _check_enum("output.decoder", output.decoder, types_pb2.DecoderKind.items())
+    _check_range("output.quality", output.quality, 0, 100)
+    if output.decoder and convert.decoder_from_pb(output.decoder) not in card.decoders:
+        allowed = "one of " + ", ".join(card.decoders)
+        raise InvalidRequestError("output.decoder", convert.decoder_from_pb(output.decoder).value, allowed)
+
+
+def _check_range(field: str, value: float, least: float, most: float) -> None:
+    # A comparison with NaN is false, so it fails here.
+    if not least <= value <= most or not math.isfinite(value):
+        raise InvalidRequestError(field, value, f"{least:g} to {most:g}")
+
+
+def _check_enum(field: str, value: int, items: Sequence[tuple[str, int]]) -> None:
+    names: Mapping[int, str] = {number: name for name, number in items}
+    if value not in names:
+        raise InvalidRequestError(field, value, "one of " + ", ".join(names.values()))
+
+
+def _default(request: types_pb2.GenerateRequest, field: str, value: float) -> None:
+    if not request.HasField(field):
+        setattr(request, field, value)

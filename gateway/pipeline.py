@@ -1,0 +1,234 @@
+"""A job on its way through the transport: submitted, followed, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from gateway import admission, images
+from gateway.story import Story
+from streamflow.config import GatewaySettings
+from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError, UnavailableError
+from streamflow.telemetry import Counters, fingerprint, get_logger
+from streamflow.transport.base import ImageRef, JobView, NewJob, Transport
+from streamflow.types import ModelCard
+from streamflow.v1 import gateway_pb2, types_pb2
+
+# The job is read at least so often, whatever is published: notifications are lossy.
+_READ_AGAIN_S = 1.0
+# Blobs outlive the deadline of the job that uses them, so that no stage meets a job without its image.
+_BLOB_MARGIN_S = 60.0
+# Decoding takes tens of megabytes at a time.
+_DECODERS_AT_ONCE = 2
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobKey:
+    """One tenant's job; tenants do not share ids, so none can tell what another one has."""
+
+    tenant: str
+    request_id: str
+
+    @property
+    def job_id(self) -> str:
+        """Its id in the transport. "~" is in no request id and no tenant."""
+        return f"{self.tenant}~{self.request_id}" if self.tenant else self.request_id
+
+    @classmethod
+    def of(cls, view: JobView) -> JobKey:
+        return cls(view.tenant, view.id.rpartition("~")[2])
+
+
+class Pipeline:
+    """What a gateway does with jobs; it keeps nothing of its own, so any gateway can follow any job.
+
+    Args:
+        transport: where jobs live.
+        card: the model that is served.
+        settings: limits and times.
+        counters: counts requests and images for the status.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        card: ModelCard,
+        settings: GatewaySettings,
+        counters: Counters,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._transport = transport
+        self._card = card
+        self._settings = settings
+        self._counters = counters
+        self._clock = clock
+        self._decoding = asyncio.Semaphore(_DECODERS_AT_ONCE)
+        self._stopping = False
+
+    async def drain(self, grace_s: float) -> None:
+        """Gives streams the grace period to end, then ends them as UNAVAILABLE: any gateway can go on with them."""
+        asyncio.get_running_loop().call_later(grace_s, self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    async def submit(
+        self, request: types_pb2.GenerateRequest, *, tenant: str, remaining_s: float | None, detach: bool
+    ) -> tuple[JobKey, bool]:
+        """Validates and admits; true when the same request was there already.
+
+        Raises:
+            InvalidRequestError, DeadlineError: it cannot be served.
+            AlreadyExistsError, BusyError, UnavailableError: from the transport.
+        """
+        seed, request_id = secrets.randbits(64), secrets.token_hex(16)
+        filled = admission.fill_in(request, card=self._card, settings=self._settings, request_id=request_id, seed=seed)
+        timeout_s = admission.timeout_s(remaining_s, self._settings)
+        key = JobKey(tenant, filled.request_id)
+        spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
+        await self._store_images(request, spec, keep_s=timeout_s + _BLOB_MARGIN_S)
+        new = NewJob(
+            id=key.job_id,
+            digest=admission.digest(request),
+            spec=spec.SerializeToString(),
+            num_images=admission.num_images(filled),
+            tenant=tenant,
+            timeout_s=timeout_s,
+            priority=admission.priority(filled),
+            reserved_bytes=admission.reserved_bytes(filled),
+            watch_lease_s=None if detach else self._settings.watch_lease_s,
+        )
+        attached = await self._admit(new, key)
+        prompts = fingerprint("\n".join(request.prompts))
+        _log.info("admitted", job=new.id, attached=attached, images=new.num_images, prompts=prompts)
+        return key, attached
+
+    async def _admit(self, new: NewJob, key: JobKey) -> bool:
+        try:
+            attached = (await self._transport.admit(new)).attached
+        except AlreadyExistsError as error:
+            given = f"a different request has the id {key.request_id!r}"
+            raise AlreadyExistsError(
+                f"request_id: {given} already; use another id, or send the same request"
+            ) from error
+        except BusyError:
+            self._counters.add("busy_total")
+            raise
+        self._counters.add("attached_total" if attached else "admitted_total")
+        return attached
+
+    async def _store_images(
+        self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec, *, keep_s: float
+    ) -> None:
+        if not request.init_image:
+            return
+        async with self._decoding:
+            sources = await asyncio.to_thread(
+                images.prepare,
+                request.init_image,
+                request.mask_image,
+                width=spec.request.width,
+                height=spec.request.height,
+                max_pixels=self._settings.max_image_pixels,
+            )
+        spec.init_image_blob = await self._transport.put_blob(sources.init, keep_s=keep_s)
+        if sources.mask is not None:
+            spec.mask_blob = await self._transport.put_blob(sources.mask, keep_s=keep_s)
+
+    async def job(self, key: JobKey) -> JobView:
+        """Raises NotFoundError, in the words of the client's id."""
+        try:
+            return await self._transport.job(key.job_id)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"no job {key.request_id!r}: the id is wrong, or its time to be read is over"
+            ) from error
+
+    async def cancel(self, key: JobKey) -> JobView:
+        """Ends the job if it still runs; the job as it stands then."""
+        await self.job(key)
+        if await self._transport.cancel(key.job_id):
+            self._counters.add("cancelled_total")
+        return await self.job(key)
+
+    @asynccontextmanager
+    async def watched(self, key: JobKey) -> AsyncIterator[None]:
+        """Keeps the job's watch lease while the context is entered."""
+        async with asyncio.TaskGroup() as tasks:
+            renewing = tasks.create_task(self._renew(key), name=f"watch {key.job_id}")
+            try:
+                yield
+            finally:
+                renewing.cancel()
+
+    async def _renew(self, key: JobKey) -> None:
+        while True:
+            try:
+                await self._transport.renew_watch(key.job_id)
+            except NotFoundError:
+                return
+            except UnavailableError as error:
+                # The follower meets the same and tells the client.
+                _log.warning("watch lease not renewed", job=key.job_id, reason=str(error))
+            await asyncio.sleep(self._settings.watch_lease_s / 3)
+
+    async def follow(self, key: JobKey, *, attached: bool) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
+        """Accepted, then what is and what comes, then Done; then the results count as delivered.
+
+        Images that have expired since are told of by warnings.
+
+        Close it (`aclosing`) where it is not read to its end.
+
+        Raises:
+            NotFoundError: no such job.
+            UnavailableError: the transport cannot be reached, or this gateway is shutting down.
+        """
+        story = Story(key.request_id)
+        # Subscribed before the first read, or a change between the two would go unnoticed for a second.
+        async with self._transport.subscribe(key.job_id) as wakes:
+            view = await self.job(key)
+            yield story.accepted(view, attached=attached)
+            while True:
+                async for event in self._news(key, view, story):
+                    yield event
+                if view.state.terminal:
+                    break
+                async for event in self._live(wakes, story):
+                    yield event
+                view = await self.job(key)
+            yield story.done(view)
+        await self._transport.mark_delivered(key.job_id)
+
+    async def _news(self, key: JobKey, view: JobView, story: Story) -> AsyncIterator[gateway_pb2.GenerateEvent]:
+        for event in story.warnings(view):
+            yield event
+        if "waiting" in view.images and not view.state.terminal:
+            queued = story.queued(await self._transport.queue_position(key.job_id))
+            if queued is not None:
+                yield queued
+        for index in story.new_images(view):
+            stored = await self._transport.result(ImageRef(key.job_id, index))
+            for event in story.image(index, stored):
+                yield event
+            self._counters.add("images_sent_total")
+
+    async def _live(self, wakes: AsyncIterator[bytes | None], story: Story) -> AsyncIterator[gateway_pb2.GenerateEvent]:
+        """Published events, until it is time to read the job again."""
+        read_at_s = self._clock()
+        while self._clock() - read_at_s < _READ_AGAIN_S:
+            published = await anext(wakes, None)
+            if self._stopping:
+                raise UnavailableError("this gateway is shutting down; watch the job through another one")
+            if published is None:
+                return
+            event = story.live(published)
+            if event is not None:
+                yield event

@@ -1,0 +1,154 @@
+"""The gateway's gRPC surface: thin, one method per call of gateway.proto."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+
+from gateway.admission import check_request_id
+from gateway.pipeline import JobKey, Pipeline
+from gateway.story import Collected, job_to_pb
+from streamflow.config import GatewaySettings
+from streamflow.errors import InvalidRequestError
+from streamflow.rpc import convert
+from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.errors import rpc_errors
+from streamflow.telemetry import Counters
+from streamflow.transport.base import Transport
+from streamflow.types import ModelCard
+from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+REQUEST_ID_KEY = "streamflow-request-id"
+MAX_PAGE_SIZE = 1000
+DEFAULT_PAGE_SIZE = 100
+
+
+class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
+    """Translates calls to the pipeline's and its answers back.
+
+    Args:
+        pipeline: submits and follows jobs.
+        transport: for lists and status.
+        keys: tell the tenant of a call.
+        clock: seconds since 1970.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        transport: Transport,
+        card: ModelCard,
+        settings: GatewaySettings,
+        keys: ApiKeys,
+        counters: Counters,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._pipeline = pipeline
+        self._transport = transport
+        self._card = card
+        self._settings = settings
+        self._keys = keys
+        self._counters = counters
+        self._clock = clock
+        self._started_at_s = clock()
+
+    async def Generate(self, request: types_pb2.GenerateRequest, context: Context) -> None:
+        async with rpc_errors(context):
+            key, attached = await self._submit(request, context)
+            await self._stream(key, context, attached=attached)
+
+    async def GenerateImages(
+        self, request: types_pb2.GenerateRequest, context: Context
+    ) -> gateway_pb2.GenerateImagesResponse:
+        async with rpc_errors(context):
+            key, attached = await self._submit(request, context)
+            collected = Collected(key.request_id)
+            async with self._pipeline.watched(key), aclosing(self._pipeline.follow(key, attached=attached)) as events:
+                async for event in events:
+                    collected.add(event)
+            return collected.response(max_bytes=self._settings.max_message_bytes)
+
+    async def Submit(self, request: types_pb2.GenerateRequest, context: Context) -> gateway_pb2.Job:
+        async with rpc_errors(context):
+            key, _ = await self._submit(request, context, detach=True)
+            return job_to_pb(key.request_id, await self._pipeline.job(key))
+
+    async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.Job:
+        async with rpc_errors(context):
+            key = self._key(request.request_id, context)
+            return job_to_pb(key.request_id, await self._pipeline.job(key))
+
+    async def Watch(self, request: gateway_pb2.WatchRequest, context: Context) -> None:
+        async with rpc_errors(context):
+            key = self._key(request.request_id, context)
+            await self._stream(key, context, attached=True)
+
+    async def Cancel(self, request: gateway_pb2.CancelRequest, context: Context) -> gateway_pb2.Job:
+        async with rpc_errors(context):
+            key = self._key(request.request_id, context)
+            return job_to_pb(key.request_id, await self._pipeline.cancel(key))
+
+    async def ListJobs(self, request: gateway_pb2.ListJobsRequest, context: Context) -> gateway_pb2.ListJobsResponse:
+        async with rpc_errors(context):
+            size = request.page_size or DEFAULT_PAGE_SIZE
+            if size > MAX_PAGE_SIZE:
+                raise InvalidRequestError("page_size", size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
+            after = self._key(request.page_token, context, field="page_token").job_id if request.page_token else ""
+            # One more than asked for tells whether there is another page.
+            views = await self._transport.jobs(tenant=self._tenant(context), after=after, count=size + 1)
+            jobs = [job_to_pb(JobKey.of(view).request_id, view) for view in views[:size]]
+            token = jobs[-1].request_id if len(views) > size else ""
+            return gateway_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
+
+    async def ListModels(
+        self, request: gateway_pb2.ListModelsRequest, context: Context
+    ) -> gateway_pb2.ListModelsResponse:
+        return gateway_pb2.ListModelsResponse(models=[convert.card_to_pb(self._card)])
+
+    async def Status(self, request: types_pb2.StatusRequest, context: Context) -> gateway_pb2.GatewayStatus:
+        async with rpc_errors(context):
+            now_s = self._clock()
+            backlog = await self._transport.backlog()
+            stages = [
+                convert.worker_to_pb(worker, backlog=backlog.get(worker.stage), now_s=now_s)
+                for worker in await self._transport.workers()
+            ]
+            return gateway_pb2.GatewayStatus(
+                stages=stages,
+                waiting=backlog.get("waiting", 0),
+                model=self._card.name,
+                uptime_s=now_s - self._started_at_s,
+                counters=self._counters.snapshot(),
+            )
+
+    async def _submit(
+        self, request: types_pb2.GenerateRequest, context: Context, *, detach: bool = False
+    ) -> tuple[JobKey, bool]:
+        key, attached = await self._pipeline.submit(
+            request,
+            tenant=self._tenant(context),
+            remaining_s=context.time_remaining(),
+            detach=detach or request.detach,
+        )
+        # Headers tell the client that the request is admitted: from here on it watches instead of sending again.
+        await context.send_initial_metadata(((REQUEST_ID_KEY, key.request_id),))
+        return key, attached
+
+    async def _stream(self, key: JobKey, context: Context, *, attached: bool) -> None:
+        async with self._pipeline.watched(key), aclosing(self._pipeline.follow(key, attached=attached)) as events:
+            async for event in events:
+                await context.write(event)
+
+    def _key(self, request_id: str, context: Context, *, field: str = "request_id") -> JobKey:
+        check_request_id(request_id, field=field)
+        return JobKey(self._tenant(context), request_id)
+
+    def _tenant(self, context: Context) -> str:
+        return self._keys.tenant(context.invocation_metadata())

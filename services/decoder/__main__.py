@@ -1,0 +1,41 @@
+"""`python -m services.decoder`: one decoder. Its settings are environment variables; see streamflow/config.py."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    # Imported here because the processes that a service starts import its main module again, and need none of it.
+    from services.decoder.handler import DecodeHandler
+    from services.decoder.servicer import service
+    from streamflow.config import StageSettings
+    from streamflow.host.process import StageService, run_stage
+    from streamflow.stages.decoder import DEFAULT_SLOTS, DecoderStage
+    from streamflow.transport.base import Transport
+    from streamflow.transport.worker import StageWorker
+    from streamflow.types import Stage
+
+    def load(settings: StageSettings) -> DecoderStage:
+        return DecoderStage.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_wait_s=settings.max_wait_ms / 1000,
+            image_workers=settings.image_workers,
+            slots=settings.slots or DEFAULT_SLOTS,
+            deterministic=settings.deterministic,
+            name=settings.model_name,
+        )
+
+    def handler(stage: DecoderStage, transport: Transport, settings: StageSettings) -> DecodeHandler:
+        return DecodeHandler(stage, transport)
+
+    async def previews(handler: DecodeHandler, worker: StageWorker) -> None:
+        await handler.show_previews(idle=lambda: worker.in_hand == 0)
+
+    run_stage(
+        StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews), StageSettings()
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""`python -m services.denoiser`: one denoiser. Its settings are environment variables; see streamflow/config.py."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    # Imported here because the processes that a service starts import its main module again, and need none of it.
+    from services.denoiser.handler import DenoiseHandler
+    from services.denoiser.servicer import service
+    from streamflow.config import StageSettings
+    from streamflow.host.process import StageService, run_stage
+    from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
+    from streamflow.transport.base import Transport
+    from streamflow.types import Stage
+
+    def load(settings: StageSettings) -> DenoiserStage:
+        return DenoiserStage.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            slots=settings.slots or DEFAULT_SLOTS,
+            deterministic=settings.deterministic,
+            name=settings.model_name,
+        )
+
+    def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
+        return DenoiseHandler(stage, transport)
+
+    run_stage(StageService(Stage.DENOISE, load=load, handler=handler, servicer=service), StageSettings())
+
+
+if __name__ == "__main__":
+    main()

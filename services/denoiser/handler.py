@@ -1,0 +1,166 @@
+"""What an entry of the denoise stream becomes: latents, and an entry for the decoder."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+from streamflow.errors import BusyError, UnavailableError
+from streamflow.host import handoff
+from streamflow.host.handoff import Stopwatch, malformed
+from streamflow.host.latest import Latest
+from streamflow.host.request import ImageRequest, read_request
+from streamflow.rpc.convert import progress_event
+from streamflow.stages.denoiser import DenoiserStage
+from streamflow.telemetry import get_logger
+from streamflow.transport import codec
+from streamflow.transport.base import Entry, PreviewTask, Transport
+from streamflow.transport.worker import Advance, EntryContext, Outcome
+from streamflow.types import DenoiseJob, Stage, Tensors
+
+PROGRESS_INTERVAL_S = 0.1
+PREVIEW_INTERVAL_S = 0.5
+
+_log = get_logger(__name__)
+
+
+class _GoneError(Exception):
+    """A tensor that the entry refers to is no longer stored."""
+
+
+class _Progress(NamedTuple):
+    step: int
+    steps: int
+
+
+class _Preview(NamedTuple):
+    step: int
+    latents: np.ndarray
+
+
+class DenoiseHandler:
+    """Denoises one image in the running batch.
+
+    Args:
+        stage: entered by the caller.
+        transport: where tensors are fetched, and progress and previews go.
+    """
+
+    def __init__(self, stage: DenoiserStage, transport: Transport) -> None:
+        self._stage, self._transport = stage, transport
+        self.counters: Counter[str] = Counter()
+
+    async def __call__(self, context: EntryContext) -> Outcome:
+        """Advances the image to the decoder, or back to the encoder when a tensor is gone.
+
+        Raises:
+            InvalidRequestError: the job cannot be run, such as a strength that leaves no step.
+            GenerationError: the entry cannot be read, or the network failed.
+        """
+        entry = context.entry
+        with malformed(entry):
+            watch = Stopwatch(entry)
+        spec = await self._transport.spec(entry.ref.job_id)
+        request = read_request(spec, entry.ref.index, self._stage.card)
+        try:
+            job = await self._job(entry, request)
+        except _GoneError:
+            self.counters["sent_back_total"] += 1
+            return Advance(Stage.ENCODE, {handoff.TIMINGS: watch.stop("denoise").SerializeToString()})
+        latents = await self._denoise(context, job)
+        payload = await handoff.pack_latents(self._transport, latents, keep_s=handoff.keep_s(entry))
+        payload[handoff.TIMINGS] = watch.stop("denoise").SerializeToString()
+        return Advance(Stage.DECODE, payload)
+
+    async def _job(self, entry: Entry, request: ImageRequest) -> DenoiseJob:
+        init = await self._tensor(entry, handoff.INIT) if request.init_image_blob else None
+        mask = await self._tensor(entry, handoff.MASK) if request.mask_blob else None
+        return DenoiseJob(
+            conditioning=await self._conditioning(entry, handoff.CONDITIONING),
+            negative=await self._conditioning(entry, handoff.NEGATIVE) if request.guided else None,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            sampler=request.sampler,
+            seed=request.seed,
+            height=request.height,
+            width=request.width,
+            init_latents=init,
+            strength=request.strength,
+            mask=mask,
+            preview_interval_steps=request.preview_interval_steps,
+        )
+
+    async def _conditioning(self, entry: Entry, name: str) -> Tensors:
+        data = await self._transport.get_cached(_needed(entry, name), keep_s=handoff.keep_s(entry))
+        if data is None:
+            raise _GoneError(name)
+        with malformed(entry):
+            return codec.decode_tensors(data, field=name, finite=True)
+
+    async def _tensor(self, entry: Entry, name: str) -> np.ndarray:
+        data = await self._transport.get_blob(_needed(entry, name))
+        if data is None:
+            raise _GoneError(name)
+        with malformed(entry):
+            return codec.decode(data, field=name, finite=True)
+
+    async def _denoise(self, context: EntryContext, job: DenoiseJob) -> np.ndarray:
+        entry = context.entry
+        async with self._reporting(entry) as (progress, previews):
+
+            def on_progress(step: int, steps: int) -> None:
+                context.progress()
+                progress.put(_Progress(step, steps))
+
+            def on_preview(step: int, latents: np.ndarray) -> None:
+                previews.put(_Preview(step, latents))
+
+            return await self._stage.denoise(job, on_progress=on_progress, on_preview=on_preview)
+
+    @asynccontextmanager
+    async def _reporting(self, entry: Entry) -> AsyncIterator[tuple[Latest[_Progress], Latest[_Preview]]]:
+        """Mailboxes whose contents are published while the block runs; what the block raises leaves it unwrapped."""
+        progress: Latest[_Progress] = Latest(interval_s=PROGRESS_INTERVAL_S)
+        previews: Latest[_Preview] = Latest(interval_s=PREVIEW_INTERVAL_S)
+        failure: Exception | None = None
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._publish(entry, progress), name=f"progress of {entry.ref}")
+            tasks.create_task(self._offer(entry, previews), name=f"previews of {entry.ref}")
+            try:
+                yield progress, previews
+            except Exception as error:
+                # Raised inside, it would end as an ExceptionGroup, which nobody above would know.
+                failure = error
+            finally:
+                progress.close()
+                previews.close()
+        if failure is not None:
+            raise failure
+
+    async def _publish(self, entry: Entry, progress: Latest[_Progress]) -> None:
+        async for step, steps in progress:
+            try:
+                await self._transport.publish(entry.ref.job_id, progress_event(entry.ref.index, step=step, steps=steps))
+            except (UnavailableError, BusyError) as error:
+                _log.debug("progress not published", image=str(entry.ref), reason=str(error))
+
+    async def _offer(self, entry: Entry, previews: Latest[_Preview]) -> None:
+        async for step, latents in previews:
+            try:
+                payload = await handoff.pack_latents(self._transport, latents, keep_s=handoff.KEEP_MARGIN_S)
+                await self._transport.push_preview(PreviewTask(entry.ref, step, payload))
+            except (UnavailableError, BusyError) as error:
+                _log.debug("preview not offered", image=str(entry.ref), reason=str(error))
+
+
+def _needed(entry: Entry, name: str) -> str:
+    with malformed(entry):
+        found = handoff.reference(entry.payload, name)
+        if found is None:
+            raise ValueError(f"{name} is missing")
+    return found

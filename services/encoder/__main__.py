@@ -1,0 +1,34 @@
+"""`python -m services.encoder`: one encoder. Its settings are environment variables; see streamflow/config.py."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    # Imported here because the processes that a service starts import its main module again, and need none of it.
+    from services.encoder.handler import EncodeHandler
+    from services.encoder.servicer import service
+    from streamflow.config import StageSettings
+    from streamflow.host.process import StageService, run_stage
+    from streamflow.stages.encoder import DEFAULT_SLOTS, EncoderStage
+    from streamflow.transport.base import Transport
+    from streamflow.types import Stage
+
+    def load(settings: StageSettings) -> EncoderStage:
+        return EncoderStage.load(
+            settings.model,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_wait_s=settings.max_wait_ms / 1000,
+            slots=settings.slots or DEFAULT_SLOTS,
+            deterministic=settings.deterministic,
+            name=settings.model_name,
+        )
+
+    def handler(stage: EncoderStage, transport: Transport, settings: StageSettings) -> EncodeHandler:
+        return EncodeHandler(stage, transport, cache_s=settings.prompt_cache_s)
+
+    run_stage(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), StageSettings())
+
+
+if __name__ == "__main__":
+    main()

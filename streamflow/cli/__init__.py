@@ -1,0 +1,14 @@
+"""The command line: `streamflow up | generate | status | models | jobs | cancel`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """The entry point of the `streamflow` command."""
+    try:
+        from streamflow.cli.app import app
+    except ModuleNotFoundError as error:
+        sys.exit(f"streamflow: {error.name} is missing; the command line needs: pip install 'streamflow[cli]'")
+    app()

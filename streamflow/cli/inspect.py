@@ -1,0 +1,197 @@
+"""`streamflow status | models | jobs | cancel`: what a deployment is doing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from streamflow.client import Client, Job, Status
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
+
+_REFRESH_S = 1.0
+
+
+def status(
+    address: Address = None,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh every second until Ctrl-C.")] = False,
+) -> None:
+    """Show the stages of a deployment: replicas, slots in use, and what waits for them.
+
+    \b
+    Examples:
+        streamflow status
+        streamflow status --watch
+        streamflow status --json --address gpu-host:50051
+    """
+    with connect(address, api_key, tls, tls_ca) as client:
+        if json:
+            _print_json(asdict(client.status()))
+        elif watch:
+            _watch(client)
+        else:
+            _print(_status_table(client.status()))
+
+
+def models(
+    address: Address = None, api_key: ApiKey = None, tls: Tls = False, tls_ca: TlsCa = None, json: Json = False
+) -> None:
+    """List the models with their defaults and limits.
+
+    \b
+    Examples:
+        streamflow models
+        streamflow models --json
+    """
+    with connect(address, api_key, tls, tls_ca) as client:
+        found = client.models()
+    if json:
+        _print_json([asdict(model) for model in found])
+        return
+    rows = [
+        (
+            model.name,
+            model.family,
+            model.revision[:12],
+            f"{model.default_width}x{model.default_height} (up to {model.max_width}x{model.max_height})",
+            f"{model.default_steps} (up to {model.max_steps})",
+            f"{model.default_guidance_scale:g}",
+            ", ".join(model.samplers),
+            ", ".join(model.decoders),
+        )
+        for model in found
+    ]
+    _print(_table("model", "family", "revision", "size", "steps", "guidance", "samplers", "decoders", rows=rows))
+
+
+def jobs(
+    address: Address = None,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="How many, the newest first.")] = 20,
+    json: Json = False,
+) -> None:
+    """List jobs, the newest first.
+
+    \b
+    Examples:
+        streamflow jobs
+        streamflow jobs --limit 100 --json
+    """
+    with connect(address, api_key, tls, tls_ca) as client:
+        found = client.jobs(limit=limit)
+    if json:
+        _print_json([asdict(job) for job in found])
+    else:
+        _print(_job_table(found))
+
+
+def cancel(
+    ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids from `streamflow jobs`.")],
+    address: Address = None,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+) -> None:
+    """End jobs. A finished job stays as it is.
+
+    \b
+    Examples:
+        streamflow cancel 3f1c9e0a7d5b4a6c8e2f0b1d9c7a5e31
+    """
+    with connect(address, api_key, tls, tls_ca) as client:
+        for request_id in ids:
+            job = client.cancel(request_id)
+            typer.echo(f"{job.request_id}: {job.state}")
+
+
+def _watch(client: Client) -> None:
+    from rich.live import Live
+
+    with Live(_status_table(client.status()), auto_refresh=False) as live:
+        while True:
+            try:
+                time.sleep(_REFRESH_S)
+            except KeyboardInterrupt:
+                return
+            live.update(_status_table(client.status()), refresh=True)
+
+
+def _status_table(status: Status) -> Table:
+    rows = [
+        (
+            stage.stage,
+            stage.worker_id,
+            f"{stage.model} {stage.model_revision[:12]}",
+            f"{stage.backend} on {stage.device}",
+            f"{stage.slots_in_use} / {stage.slots}",
+            stage.backlog,
+            "draining" if stage.draining else _duration(stage.uptime_s),
+        )
+        for stage in sorted(status.stages, key=lambda stage: (_ORDER.get(stage.stage, 9), stage.worker_id))
+    ]
+    table = _table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=rows)
+    table.title = f"{status.model}: {len(rows)} replicas, {status.waiting} images waiting"
+    return table
+
+
+def _job_table(found: Sequence[Job]) -> Table:
+    rows = [
+        (
+            job.request_id,
+            job.state,
+            f"{job.num_finished} / {job.num_images}",
+            job.model,
+            job.seed,
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.admitted_at_s)),
+            job.failure.message if job.failure else "",
+        )
+        for job in found
+    ]
+    return _table("id", "state", "images", "model", "seed", "admitted", "failure", rows=rows)
+
+
+_ORDER = {"encoder": 0, "denoiser": 1, "decoder": 2}
+
+
+def _table(*columns: str, rows: Iterable[Sequence[object]]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    return table
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,277 @@
+"""A whole deployment on this machine: Redis, the gateway and the stages as processes that are kept running.
+
+async with LocalDeployment(model="models/shapes") as deployment:
+    async with AsyncClient(deployment.address) as client:
+        await client.generate("a red circle on a white background")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from streamflow.cli.process import Command, OnLine, Supervised
+from streamflow.config import child_environment
+from streamflow.errors import InvalidRequestError, NotFoundError
+
+SERVICES: Mapping[str, str] = {
+    "gateway": "streamflow.v1.Gateway",
+    "encoder": "streamflow.v1.TextEncoder",
+    "denoiser": "streamflow.v1.Denoiser",
+    "decoder": "streamflow.v1.Decoder",
+}
+"""The gRPC service by which each kind of process says that it is ready."""
+
+COMMANDS: Mapping[str, Sequence[str]] = {
+    "gateway": (sys.executable, "-m", "gateway"),
+    "encoder": (sys.executable, "-m", "services.encoder"),
+    "denoiser": (sys.executable, "-m", "services.denoiser"),
+    "decoder": (sys.executable, "-m", "services.decoder"),
+}
+
+LOOPBACK = "127.0.0.1"
+_PROBE_S = 0.1
+# What a process needs on top of its drain to end.
+_EXIT_S = 5.0
+_PROBE_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+
+
+class LocalDeployment:
+    """Runs while its context is entered; entering returns when every process is ready for work.
+
+    Args:
+        model: checkpoint folder.
+        host, port: where the gateway listens; port 0 takes a free one.
+        redis_url: of a running Redis; None = a private one that ends with the deployment.
+        data_dir: where the private Redis keeps its data; None = a temporary folder.
+        encoders, denoisers, decoders: replicas.
+        deterministic, threads: of every stage.
+        slots: of every denoiser; 0 = its default.
+        settings: further settings for every process, by field name (see streamflow.config).
+        log_dir: a file for each process; None = no files.
+        on_line: takes every line that a process writes, with its name.
+        ready_timeout_s: for the start of a process.
+        grace_s: how long a process may drain after SIGTERM.
+        commands: what runs each kind of process.
+
+    Raises:
+        InvalidRequestError: there is no such model folder.
+        UnavailableError: there is no redis-server, or a process did not become ready; the message has its last lines.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: str | Path = "models/shapes",
+        host: str = LOOPBACK,
+        port: int = 0,
+        redis_url: str | None = None,
+        data_dir: Path | None = None,
+        encoders: int = 1,
+        denoisers: int = 1,
+        decoders: int = 1,
+        deterministic: bool = False,
+        slots: int = 0,
+        threads: int = 0,
+        settings: Mapping[str, object] = MappingProxyType({}),
+        log_dir: Path | None = None,
+        on_line: OnLine | None = None,
+        ready_timeout_s: float = 180.0,
+        grace_s: float = 20.0,
+        commands: Mapping[str, Sequence[str]] = COMMANDS,
+    ) -> None:
+        if not Path(model).is_dir():
+            raise InvalidRequestError("model", str(model), "the folder of a checkpoint in diffusers layout")
+        self._host, self._port, self._redis_url, self._data_dir = host, port, redis_url, data_dir
+        self._replicas = {"encoder": encoders, "denoiser": denoisers, "decoder": decoders}
+        self._slots, self._commands = slots, commands
+        self._settings = {
+            "model": Path(model).absolute(),
+            "deterministic": deterministic,
+            "threads": threads,
+            "log_format": "text",
+            "drain_grace_s": grace_s,
+            **settings,
+        }
+        self._log_dir, self._user_on_line = log_dir, on_line
+        self._ready_timeout_s, self._grace_s = ready_timeout_s, grace_s
+        self._processes: dict[str, Supervised] = {}
+        self._addresses: dict[str, str] = {}
+        self._numbers = dict.fromkeys(self._replicas, 0)
+        self._stack = AsyncExitStack()
+        self._tasks = asyncio.TaskGroup()
+
+    def __repr__(self) -> str:
+        return f"<LocalDeployment {self._addresses.get('gateway', 'not started')}, {len(self._processes)} processes>"
+
+    @property
+    def address(self) -> str:
+        """Of the gateway."""
+        return self.addresses["gateway"]
+
+    @property
+    def addresses(self) -> Mapping[str, str]:
+        """`host:port` of every process, by name: gateway, encoder-1, denoiser-1 ..., and redis if it is ours."""
+        return self._addresses
+
+    @property
+    def redis_url(self) -> str:
+        if self._redis_url is None:
+            raise NotFoundError("the deployment has no Redis before it is entered")
+        return self._redis_url
+
+    @property
+    def processes(self) -> Mapping[str, Supervised]:
+        """By name; each tells its `pid` and `restarts`."""
+        return self._processes
+
+    async def __aenter__(self) -> Self:
+        try:
+            self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
+            self._stack.push_async_callback(self._stop)
+            if self._redis_url is None:
+                await self._start_redis()
+            names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port())]
+            for kind, count in self._replicas.items():
+                names += [self._launch_replica(kind) for _ in range(count)]
+            await self.wait_ready(*names)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        # Not given to the stack: a task group would wrap the caller's own error in an ExceptionGroup.
+        await self._stack.aclose()
+
+    async def wait_ready(self, *names: str) -> None:
+        """Returns when these processes (without names: all) are ready."""
+        processes = [self._process(name) for name in names or self._processes]
+        waits = [
+            asyncio.create_task(process.wait_ready(self._ready_timeout_s), name=f"wait for {process.name}")
+            for process in processes
+        ]
+        try:
+            # The first failure ends the wait; the others would only repeat it.
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def kill(self, name: str) -> None:
+        """SIGKILL; it is started again. Returns when it is dead."""
+        await self._process(name).kill()
+
+    async def restart(self, name: str) -> None:
+        """SIGTERM, then started again at once; returns when it is ready."""
+        await self._process(name).restart()
+        await self.wait_ready(name)
+
+    async def add(self, kind: str) -> str:
+        """Another encoder, denoiser or decoder; returns its name when it is ready."""
+        if kind not in self._replicas:
+            raise InvalidRequestError("kind", kind, ", ".join(self._replicas))
+        name = self._launch_replica(kind)
+        await self.wait_ready(name)
+        return name
+
+    async def remove(self, name: str) -> None:
+        """SIGTERM; returns when it has ended. It is not started again."""
+        await self._process(name).stop()
+        del self._processes[name], self._addresses[name]
+
+    async def _start_redis(self) -> None:
+        from streamflow.cli.redis import RedisProgram, answers
+
+        directory = self._data_dir or Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="streamflow-")))
+        program = RedisProgram(directory)
+        redis = Supervised("redis", program, probe=lambda: answers(program.url), on_line=self._on_line)
+        self._run("redis", redis)
+        await self.wait_ready("redis")
+        self._redis_url = program.url
+        self._addresses["redis"] = urlsplit(program.url).netloc.rpartition("@")[2]
+
+    def _launch_replica(self, kind: str) -> str:
+        self._numbers[kind] += 1
+        extra = {"slots": self._slots} if kind == "denoiser" else {}
+        return self._launch(f"{kind}-{self._numbers[kind]}", kind, host=LOOPBACK, port=free_port(), **extra)
+
+    def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:
+        settings = {**self._settings, "redis_url": self.redis_url, "host": host, "port": port, **extra}
+        address = f"{LOOPBACK if host in ('0.0.0.0', '[::]', '::') else host}:{port}"
+        command = Command(
+            self._commands[kind],
+            environment=child_environment(settings),
+            on_line=lambda line: self._on_line(name, line),
+        )
+        process = Supervised(
+            name,
+            command,
+            probe=lambda: serving(address, SERVICES[kind]),
+            on_line=self._on_line,
+            grace_s=self._grace_s + _EXIT_S,
+        )
+        self._addresses[name] = address
+        self._run(name, process)
+        return name
+
+    def _run(self, name: str, process: Supervised) -> None:
+        self._processes[name] = process
+        self._tasks.create_task(process.run(), name=f"keep {name} running")
+
+    def _process(self, name: str) -> Supervised:
+        if name not in self._processes:
+            raise NotFoundError(f"there is no process {name!r}; there are {', '.join(self._processes)}")
+        return self._processes[name]
+
+    def _on_line(self, name: str, line: str) -> None:
+        if name in self._processes:
+            self._processes[name].last_lines.append(line)
+        if self._log_dir is not None:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+            with (self._log_dir / f"{name}.log").open("a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        if self._user_on_line is not None:
+            self._user_on_line(name, line)
+
+    async def _stop(self) -> None:
+        """No new requests first, then the stages, and what they all need last."""
+        stages = [name for name in self._processes if name not in ("gateway", "redis")]
+        for names in (["gateway"], stages, ["redis"]):
+            found = [self._processes[name] for name in names if name in self._processes]
+            await asyncio.gather(*(process.stop() for process in found))
+
+
+async def serving(address: str, service: str) -> None:
+    """Returns when the process at `address` says that `service` is ready."""
+    request = health_pb2.HealthCheckRequest(service=service)
+    async with grpc.aio.insecure_channel(address, options=_PROBE_OPTIONS) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        while True:
+            try:
+                answer = await stub.Check(request, timeout=2.0)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.aio.AioRpcError:  # not there yet: its exit is noticed elsewhere
+                pass
+            await asyncio.sleep(_PROBE_S)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port: int = probe.getsockname()[1]
+        return port

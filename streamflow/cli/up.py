@@ -1,0 +1,109 @@
+"""`streamflow up`: a whole deployment on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from streamflow.cli.supervisor import LocalDeployment
+
+
+def up(
+    model: Annotated[Path, typer.Option(help="Checkpoint folder in diffusers layout.")] = Path("models/shapes"),
+    host: Annotated[str, typer.Option(help="Where the gateway listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = 50051,
+    redis_url: Annotated[str | None, typer.Option(help="A running Redis; by default a private one is started.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where the private Redis keeps jobs; default: nowhere.")] = None,
+    encoders: Annotated[int, typer.Option(min=0, help="Text encoder processes.")] = 1,
+    denoisers: Annotated[int, typer.Option(min=0, help="Denoiser processes.")] = 1,
+    decoders: Annotated[int, typer.Option(min=0, help="Decoder processes.")] = 1,
+    deterministic: Annotated[bool, typer.Option(help="Equal bytes whatever runs beside.")] = False,
+    slots: Annotated[int, typer.Option(min=0, help="Images in a denoiser's batch; 0 = its default.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 = its default.")] = 0,
+    log_dir: Annotated[
+        Path | None, typer.Option(help="A log file for each process here, in place of lines on stderr.")
+    ] = None,
+) -> None:
+    """Start Redis, the gateway and the stages here, and keep them running until Ctrl-C.
+
+    A process that crashes is started again. Everything else is set by STREAMFLOW_ variables (see the documentation).
+
+    \b
+    Examples:
+        streamflow up
+        streamflow up --model checkpoints/stable-diffusion-1.5 --decoders 2
+        streamflow up --port 0 --redis-url redis://127.0.0.1:6379/0 --log-dir logs
+    """
+    import asyncio
+
+    from streamflow.cli.supervisor import LocalDeployment
+
+    deployment = LocalDeployment(
+        model=model,
+        host=host,
+        port=port,
+        redis_url=redis_url,
+        data_dir=data_dir,
+        encoders=encoders,
+        denoisers=denoisers,
+        decoders=decoders,
+        deterministic=deterministic,
+        slots=slots,
+        threads=threads,
+        log_dir=log_dir,
+        on_line=_print_supervisor if log_dir else _print_line,
+    )
+    asyncio.run(_serve(deployment))
+
+
+async def _serve(deployment: LocalDeployment) -> None:
+    import asyncio
+    import signal
+    from contextlib import suppress
+
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    stop = asyncio.Event()
+
+    def on_signal() -> None:
+        # The first one stops in order, during the start too; the next ones are about the same thing.
+        if not stop.is_set():
+            stop.set()
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    typer.echo("starting; loading the model takes a while", err=True)
+    with suppress(asyncio.CancelledError):
+        async with deployment:
+            _print_table(deployment)
+            await asyncio.Event().wait()
+    typer.echo("stopped", err=True)
+
+
+def _print_table(deployment: LocalDeployment) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="StreamFlow is ready")
+    for column in ("process", "pid", "address"):
+        table.add_column(column)
+    for name, process in deployment.processes.items():
+        table.add_row(name, str(process.pid), deployment.addresses[name])
+    console = Console()
+    console.print(table)
+    where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"
+    command = f'streamflow generate "a large red circle on a white background" -o circle.png{where}'
+    console.print(f"Try: {command}", soft_wrap=True, highlight=False)
+
+
+def _print_line(name: str, line: str) -> None:
+    typer.echo(f"{name:<10} | {line}", err=True)
+
+
+def _print_supervisor(name: str, line: str) -> None:
+    if name == "supervisor":
+        _print_line(name, line)

@@ -1,0 +1,71 @@
+"""What both clients share: settings, messages to send, and what becomes of the answers. No I/O but reading files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from streamflow.client.request import GenerateOptions, build_request
+from streamflow.client.retry import Retry, RetryPolicy
+from streamflow.client.session import Session
+from streamflow.client.views import Job
+from streamflow.rpc.channels import Target, key_metadata
+from streamflow.v1 import gateway_pb2
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+CALL_TIMEOUT_S = 30.0
+CANCEL_TIMEOUT_S = 2.0
+
+_PAGE_SIZE = 1000
+
+
+class BaseClient:
+    """Where the gateway is, and how patient its client.
+
+    Args:
+        address: "host:port" of a gateway, or what else gRPC resolves.
+        api_key: sent with every call.
+        tls: True trusts the system's authorities; a path or bytes (PEM) name others.
+        timeout_s: deadline of a request that sets none of its own.
+        connect_timeout_s: how long a gateway that has never answered is tried.
+        max_busy_retries: how often a request that is refused for load is sent again; None = until its deadline.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        api_key: str | None = None,
+        tls: bool | bytes | str | Path = False,
+        timeout_s: float = 600.0,
+        connect_timeout_s: float = 10.0,
+        max_busy_retries: int | None = None,
+    ) -> None:
+        root_ca = Path(tls).read_bytes() if isinstance(tls, str | Path) else tls if isinstance(tls, bytes) else None
+        self.address, self.timeout_s = address, timeout_s
+        self._target = Target(address, tls=bool(tls), root_ca=root_ca)
+        self._metadata = key_metadata(api_key)
+        self._policy = RetryPolicy(address, connect_timeout_s, max_busy_retries)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.address}{' with TLS' if self._target.tls else ''}>"
+
+    def _retry(self, timeout_s: float | None) -> Retry:
+        return Retry(self._policy, timeout_s=self.timeout_s if timeout_s is None else timeout_s)
+
+    def _session(self, prompt: str | Sequence[str], options: GenerateOptions, timeout_s: float | None) -> Session:
+        request = build_request(prompt, **options)
+        shared = options.get("request_id") is not None
+        return Session(request.request_id, self._retry(timeout_s), request=request, shared=shared)
+
+
+def job_page(limit: int, token: str = "") -> gateway_pb2.ListJobsRequest:
+    return gateway_pb2.ListJobsRequest(page_size=min(limit, _PAGE_SIZE), page_token=token)
+
+
+def take_page(jobs: list[Job], page: gateway_pb2.ListJobsResponse, limit: int) -> gateway_pb2.ListJobsRequest | None:
+    """Adds a page to `jobs`; returns what to ask next, None when that was all."""
+    jobs += [Job.from_pb(job) for job in page.jobs]
+    if not page.next_page_token or len(jobs) >= limit:
+        return None
+    return job_page(limit - len(jobs), page.next_page_token)

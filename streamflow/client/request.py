@@ -1,0 +1,207 @@
+"""From the arguments of a call to a GenerateRequest."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import uuid
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from PIL import Image
+
+from streamflow.errors import InvalidRequestError
+from streamflow.rpc.convert import decoder_to_pb, format_to_pb
+from streamflow.types import DecoderKind, ImageFormat
+from streamflow.v1 import types_pb2
+
+Picture = Image.Image | bytes | str | Path
+"""A PIL image, the bytes of a PNG, JPEG or WebP, or the path of one."""
+
+_PRIORITIES: Mapping[str, types_pb2.Priority] = {
+    "low": types_pb2.PRIORITY_LOW,
+    "normal": types_pb2.PRIORITY_NORMAL,
+    "high": types_pb2.PRIORITY_HIGH,
+}
+_ALLOWED: Mapping[int, str] = {
+    FieldDescriptor.TYPE_UINT32: "an integer from 0 to 2**32 - 1",
+    FieldDescriptor.TYPE_UINT64: "an integer from 0 to 2**64 - 1",
+    FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_STRING: "text that UTF-8 can carry",
+    FieldDescriptor.TYPE_BOOL: "True or False",
+}
+
+Choice = TypeVar("Choice", bound=StrEnum)
+
+
+class GenerateOptions(TypedDict, total=False):
+    """What `generate`, `stream` and `submit` take beside the prompt. None, or left out: the model's default.
+
+    Attributes:
+        negative_prompt: what to steer away from; it has an effect only where guidance_scale > 1.
+        steps: network evaluations of the sampler's schedule.
+        guidance_scale: classifier-free guidance; 1 or less = the conditional prediction alone.
+        seed: of image 0, in [0, 2**64); image k (over all prompts, in order) uses seed + k. Left out, it follows from
+            the request id, so it differs from request to request.
+        num_images: pictures per prompt.
+        width, height: pixels.
+        sampler: a name with options in brackets, such as "euler".
+        image, strength: a picture to start from, and how far it is changed, in (0, 1].
+        mask: white = repaint, black = keep; the size of `image`.
+        format: "png", "jpeg", "webp" or "raw" (height x width x 3 bytes).
+        quality: 1 to 100, for JPEG and WebP.
+        decoder: "tiny" (fast) or "full" (best).
+        embed_metadata: write seed, steps, sampler and model revision into the file as well.
+        preview_interval_steps: a preview after every so many steps; 0 = none.
+        priority: "low", "normal" or "high".
+        model: a name from `models()`.
+        class_labels: for class-conditional models, in place of prompts.
+        true_cfg_scale: guidance with a negative prompt for models with a distilled guidance_scale.
+        request_id: 1 to 64 of A-Z a-z 0-9 . _ -; sending the same request with the same id again attaches to the
+            job instead of starting another. Left out, the client makes one.
+    """
+
+    negative_prompt: str | None
+    steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    num_images: int
+    width: int | None
+    height: int | None
+    sampler: str | None
+    image: Picture | None
+    strength: float | None
+    mask: Picture | None
+    format: str
+    quality: int | None
+    decoder: str | None
+    embed_metadata: bool
+    preview_interval_steps: int
+    priority: str
+    model: str | None
+    class_labels: Sequence[int]
+    true_cfg_scale: float | None
+    request_id: str | None
+
+
+def build_request(
+    prompt: str | Sequence[str],
+    *,
+    request_id: str | None = None,
+    seed: int | None = None,
+    image: Picture | None = None,
+    mask: Picture | None = None,
+    format: str = "png",  # noqa: A002
+    quality: int | None = None,
+    decoder: str | None = None,
+    embed_metadata: bool = False,
+    priority: str = "normal",
+    detach: bool = False,
+    **plain: Any,
+) -> types_pb2.GenerateRequest:
+    """The message for one call; the server checks what depends on the model.
+
+    Args:
+        plain: fields that are sent as they are; see GenerateOptions.
+
+    Raises:
+        InvalidRequestError: a value that the message cannot carry, or a picture that cannot be read.
+        TypeError: an option that does not exist.
+    """
+    unknown = plain.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"no such option: {', '.join(sorted(unknown))}; see streamflow.client.GenerateOptions")
+    request_id = request_id or new_request_id()
+    request = types_pb2.GenerateRequest(detach=detach)
+    fields = {
+        "request_id": request_id,
+        "prompts": [prompt] if isinstance(prompt, str) else prompt,
+        "seed": seed_of(request_id) if seed is None else seed,
+        **plain,
+    }
+    for name, value in fields.items():
+        _set(request, name, value)
+    request.priority = _priority(priority)
+    request.init_image = picture_bytes("image", image)
+    request.mask_image = picture_bytes("mask", mask)
+    _set(request.output, "format", format_to_pb(image_format(format)))
+    _set(request.output, "quality", quality)
+    _set(request.output, "embed_metadata", embed_metadata)
+    if decoder is not None:
+        request.output.decoder = decoder_to_pb(_choice("decoder", DecoderKind, decoder))
+    return request
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex
+
+
+def seed_of(request_id: str) -> int:
+    """The seed of a request that names none, in [0, 2**32).
+
+    The client chooses it, and from the id alone, so that sending the request again is the same request: it attaches,
+    and where the server has lost everything it makes the same pictures.
+    """
+    return int.from_bytes(hashlib.sha256(request_id.encode("utf-8", "replace")).digest()[:4], "big")
+
+
+def image_format(name: str) -> ImageFormat:
+    """By name; "jpg" is one too. Raises InvalidRequestError."""
+    return _choice("format", ImageFormat, "jpeg" if name == "jpg" else name)
+
+
+def picture_bytes(field: str, picture: Picture | None) -> bytes:
+    """A picture as the bytes of a file; empty for None.
+
+    Raises:
+        InvalidRequestError: the file cannot be read, or it is no picture at all.
+    """
+    match picture:
+        case None:
+            return b""
+        case bytes():
+            return picture
+        case str() | Path():
+            return _read(field, Path(picture))
+        case Image.Image():
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            return buffer.getvalue()
+    raise InvalidRequestError(field, picture, "a PIL image, bytes of a PNG, JPEG or WebP, or the path of one")
+
+
+def _read(field: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(field, str(path), "a file that can be read", error.strerror or "") from None
+
+
+def _set(message: Any, name: str, value: Any) -> None:
+    """Sets a field where there is a value; protobuf's own refusals name neither the field nor what is allowed."""
+    if value is None:
+        return
+    descriptor = message.DESCRIPTOR.fields_by_name[name]
+    try:
+        if isinstance(getattr(message, name), str | int | float):
+            setattr(message, name, value)
+        else:
+            getattr(message, name).extend(value)
+    except (TypeError, ValueError):
+        raise InvalidRequestError(name, value, _ALLOWED.get(descriptor.type, "another value")) from None
+
+
+def _choice(field: str, kind: type[Choice], value: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InvalidRequestError(field, value, ", ".join(kind)) from None
+
+
+def _priority(value: str) -> types_pb2.Priority:
+    if value not in _PRIORITIES:
+        raise InvalidRequestError("priority", value, ", ".join(_PRIORITIES))
+    return _PRIORITIES[value]

@@ -1,0 +1,96 @@
+"""When a broken call is made again."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
+
+_FIRST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How patient a client is.
+
+    Attributes:
+        address: for messages.
+        connect_timeout_s: a server that never answered is given up after so long; one that did, at the deadline.
+        max_busy_retries: refusals for load before BusyError is raised; None = until the deadline.
+    """
+
+    address: str
+    connect_timeout_s: float = 10.0
+    max_busy_retries: int | None = None
+
+
+class Retry:
+    """The retries of one call: takes its errors, says how long to wait. It neither sleeps nor calls.
+
+    Args:
+        timeout_s: the call's deadline, from now.
+        clock: seconds, monotonic.
+        jitter: uniform in [0, 1).
+    """
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        *,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._policy, self._clock, self._jitter = policy, clock, jitter
+        self._timeout_s = timeout_s
+        self._started_at_s = clock()
+        self._heard = False
+        self._failures = 0
+        self._refusals = 0
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the deadline, for the next call; never quite 0, which gRPC would take as none."""
+        return max(0.001, self._left_s(self._timeout_s))
+
+    def heard(self) -> None:
+        """The server answered: it is there, and the next failure is a new one."""
+        self._heard, self._failures = True, 0
+
+    def delay_s(self, error: StreamFlowError) -> float:
+        """Seconds to wait before the next call; raises what the user should see where there is none."""
+        match error:
+            case BusyError():
+                self.heard()
+                self._refusals += 1
+                limit = self._policy.max_busy_retries
+                if limit is not None and self._refusals > limit:
+                    raise error from None
+                # Never earlier than asked, and not all clients at the same moment.
+                return self._within_s(self._timeout_s, error.retry_after_s * (1 + 0.2 * self._jitter()), error)
+            # A status CANCELLED is about the call, cut by a server that stops; the job's own state comes as an event.
+            case UnavailableError() | JobCancelledError():
+                delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
+                self._failures += 1
+                patience_s = self._timeout_s if self._heard else self._policy.connect_timeout_s
+                return self._within_s(min(patience_s, self._timeout_s), delay_s, self._unavailable(error))
+            case DeadlineError():
+                raise DeadlineError(f"not finished within {self._timeout_s:g} s; allow more with timeout_s") from None
+            case _:
+                raise error from None
+
+    def _left_s(self, limit_s: float) -> float:
+        return self._started_at_s + limit_s - self._clock()
+
+    def _within_s(self, limit_s: float, delay_s: float, error: StreamFlowError) -> float:
+        if delay_s >= self._left_s(limit_s):
+            raise error from None
+        return delay_s
+
+    def _unavailable(self, error: StreamFlowError) -> StreamFlowError:
+        trouble = "the connection was lost" if self._heard else "no StreamFlow gateway answers"
+        return UnavailableError(f"{self._policy.address}: {trouble}: {error}")

@@ -1,0 +1,152 @@
+"""The client that blocks."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Self, Unpack
+
+import grpc
+
+from streamflow.client.base import CALL_TIMEOUT_S, CANCEL_TIMEOUT_S, BaseClient, job_page, take_page
+from streamflow.client.events import Event
+from streamflow.client.request import GenerateOptions, build_request
+from streamflow.client.result import Result, ResultBuilder
+from streamflow.client.session import Session
+from streamflow.client.views import Job, Model, Status
+from streamflow.rpc.channels import open_channel
+from streamflow.rpc.errors import from_rpc_error
+from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+
+
+class Client(BaseClient):
+    """A connection to a StreamFlow gateway, for any number of threads; see BaseClient for its arguments.
+
+        with Client("127.0.0.1:50051") as client:
+            client.generate("a red circle on a white background", steps=4).save("circle.png")
+
+    Every method raises a StreamFlowError that says what to do.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._channel = open_channel(self._target)
+        self._stub: Any = gateway_pb2_grpc.GatewayStub(self._channel)  # type: ignore[no-untyped-call]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection; calls under way break off."""
+        self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        timeout_s: float | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Result:
+        """Makes pictures and waits for them; see GenerateOptions.
+
+        Leaving early (Ctrl-C, an exception from `on_event`) cancels the job.
+
+        Args:
+            timeout_s: the deadline of the whole request.
+            on_event: called with every event.
+
+        Raises:
+            InvalidRequestError, UnauthenticatedError, BusyError, UnavailableError: the request was not accepted.
+            GenerationError, JobCancelledError, DeadlineError: it was, and gave no picture.
+        """
+        session = self._session(prompt, options, timeout_s)
+        builder = ResultBuilder()
+        with contextlib.closing(self._follow(session)) as events:
+            for event in events:
+                builder.add(event)
+                if on_event is not None:
+                    on_event(event)
+        return builder.result(session.request_id)
+
+    def stream(
+        self, prompt: str | Sequence[str], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Generator[Event]:
+        """The same, event by event; the request is sent with the first `next()`.
+
+        After Done, a job without all its pictures raises as `generate` does. Closing the iterator before cancels it.
+        """
+        return self._follow(self._session(prompt, options, timeout_s))
+
+    def submit(
+        self, prompt: str | Sequence[str], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Job:
+        """Sends a request that goes on without its client; `watch` fetches the pictures."""
+        request = build_request(prompt, detach=True, **options)
+        return Job.from_pb(self._call(self._stub.Submit, request, timeout_s=timeout_s or self.timeout_s))
+
+    def watch(self, request_id: str, *, timeout_s: float | None = None) -> Generator[Event]:
+        """The events of any job from now on, images that are already there included; leaving it does not cancel."""
+        return self._follow(Session(request_id, self._retry(timeout_s)))
+
+    def job(self, request_id: str) -> Job:
+        """Raises NotFoundError."""
+        return Job.from_pb(self._call(self._stub.GetJob, gateway_pb2.GetJobRequest(request_id=request_id)))
+
+    def cancel(self, request_id: str) -> Job:
+        """Ends a job; a finished one stays as it is. Raises NotFoundError."""
+        return Job.from_pb(self._call(self._stub.Cancel, gateway_pb2.CancelRequest(request_id=request_id)))
+
+    def jobs(self, *, limit: int = 100) -> list[Job]:
+        """The newest jobs, newest first."""
+        jobs: list[Job] = []
+        page: gateway_pb2.ListJobsRequest | None = job_page(limit)
+        while page is not None:
+            page = take_page(jobs, self._call(self._stub.ListJobs, page), limit)
+        return jobs
+
+    def models(self) -> list[Model]:
+        answer = self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest())
+        return [Model.from_pb(model) for model in answer.models]
+
+    def status(self) -> Status:
+        """The stages behind the gateway."""
+        return Status.from_pb(self._call(self._stub.Status, types_pb2.StatusRequest()))
+
+    def _call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        retry = self._retry(timeout_s)
+        while True:
+            try:
+                return method(request, timeout=retry.remaining_s, metadata=self._metadata)
+            except grpc.RpcError as error:
+                delay_s = retry.delay_s(from_rpc_error(error))
+            time.sleep(delay_s)
+
+    def _follow(self, session: Session) -> Generator[Event]:
+        try:
+            while not session.finished:
+                call = session.open(self._stub, self._metadata)
+                error = None
+                try:
+                    for message in call:
+                        yield from session.feed(message)
+                except grpc.RpcError as broken:
+                    error = from_rpc_error(broken)
+                finally:
+                    call.cancel()
+                if not session.finished:
+                    time.sleep(session.retry_in_s(error))
+            session.check()
+        finally:
+            if session.abandoned:
+                self._cancel_quietly(session.request_id)
+
+    def _cancel_quietly(self, request_id: str) -> None:
+        # Its best effort: where the server cannot be told, the job's watch lease runs out.
+        with contextlib.suppress(grpc.RpcError):
+            request = gateway_pb2.CancelRequest(request_id=request_id)
+            self._stub.Cancel(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)

@@ -1,0 +1,138 @@
+"""Jobs, models and services as the gateway shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streamflow.rpc.convert import decoder_from_pb, failure_from_pb, state_from_pb
+from streamflow.types import DecoderKind, Failure, JobState
+from streamflow.v1 import gateway_pb2, types_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A request as it stands; times are the server's, seconds since 1970."""
+
+    request_id: str
+    state: JobState
+    num_images: int
+    num_finished: int
+    failure: Failure | None
+    admitted_at_s: float
+    deadline_at_s: float
+    warnings: tuple[str, ...]
+    seed: int
+    model: str
+
+    @classmethod
+    def from_pb(cls, job: gateway_pb2.Job) -> Job:
+        return cls(
+            request_id=job.request_id,
+            state=state_from_pb(job.state),
+            num_images=job.num_images,
+            num_finished=job.num_finished,
+            failure=failure_from_pb(job.failure) if job.HasField("failure") else None,
+            admitted_at_s=job.admitted_at_s,
+            deadline_at_s=job.deadline_at_s,
+            warnings=tuple(warning.message for warning in job.warnings),
+            seed=job.seed,
+            model=job.model,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model offers, and the values that unset fields take. Sizes are pixels."""
+
+    name: str
+    revision: str
+    family: str
+    default_width: int
+    default_height: int
+    size_multiple: int
+    max_width: int
+    max_height: int
+    default_steps: int
+    max_steps: int
+    default_guidance_scale: float
+    default_sampler: str
+    samplers: tuple[str, ...]
+    decoders: tuple[DecoderKind, ...]
+    max_prompt_tokens: int
+
+    @classmethod
+    def from_pb(cls, model: gateway_pb2.Model) -> Model:
+        return cls(
+            name=model.name,
+            revision=model.revision,
+            family=model.family,
+            default_width=model.default_width,
+            default_height=model.default_height,
+            size_multiple=model.size_multiple,
+            max_width=model.max_width,
+            max_height=model.max_height,
+            default_steps=model.default_steps,
+            max_steps=model.max_steps,
+            default_guidance_scale=model.default_guidance_scale,
+            default_sampler=model.default_sampler,
+            samplers=tuple(model.samplers),
+            decoders=tuple(decoder_from_pb(kind) for kind in model.decoders),
+            max_prompt_tokens=model.max_prompt_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StageStatus:
+    """One replica of a stage; `backlog` counts what waits for the stage, over all replicas."""
+
+    stage: str
+    worker_id: str
+    model: str
+    model_revision: str
+    backend: str
+    device: str
+    slots: int
+    slots_in_use: int
+    backlog: int
+    draining: bool
+    uptime_s: float
+    counters: Mapping[str, int] = field(repr=False)
+
+    @classmethod
+    def from_pb(cls, status: types_pb2.StageStatus) -> StageStatus:
+        return cls(
+            stage=status.stage,
+            worker_id=status.worker_id,
+            model=status.model,
+            model_revision=status.model_revision,
+            backend=status.backend,
+            device=status.device,
+            slots=status.slots,
+            slots_in_use=status.slots_in_use,
+            backlog=status.backlog,
+            draining=status.draining,
+            uptime_s=status.uptime_s,
+            counters=dict(status.counters),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A deployment: its replicas, and the images admitted and not yet released to them."""
+
+    stages: tuple[StageStatus, ...]
+    waiting: int
+    model: str
+    uptime_s: float
+    counters: Mapping[str, int] = field(repr=False)
+
+    @classmethod
+    def from_pb(cls, status: gateway_pb2.GatewayStatus) -> Status:
+        return cls(
+            stages=tuple(StageStatus.from_pb(stage) for stage in status.stages),
+            waiting=status.waiting,
+            model=status.model,
+            uptime_s=status.uptime_s,
+            counters=dict(status.counters),
+        )

@@ -1,0 +1,152 @@
+"""One replica seen from outside: its entry in the registry, its status, its drain."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol, Self
+
+import grpc.aio
+
+from streamflow.config import StageSettings
+from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.rpc.convert import worker_to_pb
+from streamflow.rpc.errors import rpc_errors
+from streamflow.transport.base import Transport
+from streamflow.transport.worker import DrainReport, EntryContext, Outcome, StageWorker
+from streamflow.types import ModelCard, Stage, WorkerInfo
+from streamflow.v1 import types_pb2
+
+MAX_GRACE_S = 3600.0
+
+
+class HostedStage(Protocol):
+    """What a process needs of the stage that it hosts."""
+
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def slots(self) -> int: ...
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
+    def warm_up(self) -> None: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+
+class StageHandler(Protocol):
+    """What works on the entries of a stage's stream."""
+
+    @property
+    def counters(self) -> Mapping[str, int]: ...
+
+    async def __call__(self, context: EntryContext) -> Outcome: ...
+
+
+class StageControl:
+    """Owns the replica's worker and speaks for it.
+
+    Args:
+        stage: which of the three.
+        hosted, handler: what does the work.
+        device: where its networks are.
+
+    Attributes:
+        address: `host:port` of its gRPC surface; set once it is bound.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        hosted: HostedStage,
+        handler: StageHandler,
+        transport: Transport,
+        settings: StageSettings,
+        device: str,
+    ) -> None:
+        self.address = ""
+        self._stage, self._hosted, self._handler, self._transport = stage, hosted, handler, transport
+        self._device, self._default_grace_s = device, settings.drain_grace_s
+        self._worker_id = f"{stage.service}-{secrets.token_hex(4)}"
+        self._started_at_s = time.time()
+        self.worker = StageWorker(
+            transport,
+            stage,
+            handler,
+            info=self.info,
+            capacity=hosted.slots,
+            progress_timeout_s=settings.progress_timeout_s,
+        )
+
+    def info(self) -> WorkerInfo:
+        """The replica as the registry shows it."""
+        card = self._hosted.card
+        return WorkerInfo(
+            worker_id=self._worker_id,
+            stage=self._stage,
+            address=self.address,
+            model=card.name,
+            model_revision=card.revision,
+            backend=self._hosted.backend,
+            device=self._device,
+            slots=self._hosted.slots,
+            started_at_s=self._started_at_s,
+            counters={**self._hosted.counters, **self._handler.counters},
+        )
+
+    def check_open(self) -> None:
+        """Raises UnavailableError once the drain began."""
+        if self.worker.draining:
+            raise UnavailableError(f"this {self._stage.service} is draining; call another replica")
+
+    async def status(self) -> types_pb2.StageStatus:
+        """Raises UnavailableError when the backlog cannot be read."""
+        info, worker = self.info(), self.worker
+        backlog = (await self._transport.backlog()).get(self._stage.value, 0)
+        counters = {**info.counters, **worker.counters}
+        return worker_to_pb(
+            replace(info, slots_in_use=worker.in_hand, draining=worker.draining, counters=counters), backlog=backlog
+        )
+
+    async def drain(self, grace_s: float = 0.0) -> DrainReport:
+        """Args: grace_s: how long unfinished work may go on before it is handed back; 0 = the setting's."""
+        return await self.worker.drain(grace_s or self._default_grace_s)
+
+
+class ControlServicer:
+    """The methods that all three services have; a servicer derives from this and from its generated class."""
+
+    def __init__(self, control: StageControl) -> None:
+        self._control = control
+
+    async def Status(
+        self,
+        request: types_pb2.StatusRequest,
+        context: grpc.aio.ServicerContext[types_pb2.StatusRequest, types_pb2.StageStatus],
+    ) -> types_pb2.StageStatus:
+        async with rpc_errors(context):
+            return await self._control.status()
+        raise AssertionError("abort returned")
+
+    async def Drain(
+        self,
+        request: types_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[types_pb2.DrainRequest, types_pb2.DrainResponse],
+    ) -> types_pb2.DrainResponse:
+        async with rpc_errors(context):
+            if not 0 <= request.grace_s <= MAX_GRACE_S:
+                raise InvalidRequestError("grace_s", request.grace_s, f"0 to {MAX_GRACE_S:g} seconds")
+            report = await self._control.drain(request.grace_s)
+            return types_pb2.DrainResponse(finished=report.finished, handed_back=report.handed_back)
+        raise AssertionError("abort returned")

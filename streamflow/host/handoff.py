@@ -1,0 +1,120 @@
+"""What one stage tells the next about an image: the names and bytes of an entry's payload.
+
+to denoise:  cond, neg      cache key of the prompt's and the negative prompt's Conditioning
+             init, mask     SHA-256 of a blob with the tensor
+to decode:   latents        the tensor itself up to 256 KiB, else
+             latents_blob   the SHA-256 of a blob with it
+always:      timings        what the image has cost so far
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from streamflow.errors import GenerationError
+from streamflow.transport import codec
+from streamflow.transport.base import Entry, Payload, Transport
+from streamflow.types import ModelCard
+from streamflow.v1 import types_pb2
+
+CONDITIONING, NEGATIVE, INIT, MASK, TIMINGS = "cond", "neg", "init", "mask", "timings"
+LATENTS, LATENTS_BLOB = "latents", "latents_blob"
+
+MAX_INLINE_BYTES = 256 * 2**10
+KEEP_MARGIN_S = 60.0
+"""What an image needs is kept for so long beyond its deadline."""
+
+_REFERENCE = re.compile(rb"[0-9a-f]{64}")
+
+
+@contextmanager
+def malformed(entry: Entry) -> Iterator[None]:
+    """Turns what is wrong with an entry's bytes into a failure of its image: no user caused it, and no retry mends it.
+
+    Raises:
+        GenerationError: for any ValueError, which InvalidRequestError is, and for broken protobuf.
+    """
+    try:
+        yield
+    except (DecodeError, ValueError) as error:
+        raise GenerationError(f"the entry for {entry.stage.service} is malformed: {error}") from error
+
+
+def keep_s(entry: Entry) -> float:
+    """How long from now an image may need what is stored for it."""
+    return max(0.0, entry.remaining_s) + KEEP_MARGIN_S
+
+
+def reference(payload: Payload, name: str) -> str | None:
+    """A hash; None where the payload has none of this name. Raises ValueError for anything else."""
+    value = payload.get(name)
+    if value is None:
+        return None
+    if not _REFERENCE.fullmatch(value):
+        raise ValueError(f"{name}: got {value[:80]!r}; allowed: 64 hexadecimal digits")
+    return value.decode()
+
+
+async def pack_latents(transport: Transport, latents: np.ndarray, *, keep_s: float) -> dict[str, bytes]:
+    """Payload fields for latents of admitted work: by value where they are small, else by reference."""
+    data = codec.encode(latents)
+    if len(data) <= MAX_INLINE_BYTES:
+        return {LATENTS: data}
+    return {LATENTS_BLOB: (await transport.put_blob(data, keep_s=keep_s, admitted=True)).encode()}
+
+
+async def unpack_latents(transport: Transport, payload: Payload) -> np.ndarray | None:
+    """The latents of `pack_latents`; None when their blob is gone.
+
+    Raises:
+        ValueError: the payload has none, or broken ones.
+    """
+    if LATENTS in payload:
+        return codec.decode(payload[LATENTS], field=LATENTS)
+    sha256 = reference(payload, LATENTS_BLOB)
+    if sha256 is None:
+        raise ValueError(f"neither {LATENTS} nor {LATENTS_BLOB} is there")
+    data = await transport.get_blob(sha256)
+    return None if data is None else codec.decode(data, field=LATENTS_BLOB)
+
+
+def latent_shape(card: ModelCard, *, width: int, height: int) -> tuple[int, int, int]:
+    """[channels, height / f, width / f] of a picture's latents."""
+    return card.latent_channels, height // card.latent_factor, width // card.latent_factor
+
+
+class Stopwatch:
+    """One image's timings in one stage.
+
+    `waiting_ms` is what the image spent in queues: from admission to the encoder, and in the streams between stages.
+    The other times are those of the stages' handlers, with fetching, waiting for a batch or a slot, and storing.
+
+    Args:
+        entry: just read.
+        since_s: since when it has been waiting, by the transport's clock; None = since the entry was appended.
+
+    Raises:
+        DecodeError: the payload's timings are broken.
+    """
+
+    def __init__(self, entry: Entry, *, since_s: float | None = None) -> None:
+        self._started_s = time.monotonic()
+        self._timings = types_pb2.Timings.FromString(entry.payload.get(TIMINGS, b""))
+        read_at_s = entry.deadline_at_s - entry.remaining_s
+        again = TIMINGS in entry.payload
+        waited_s = read_at_s - (entry.enqueued_at_s if again or since_s is None else since_s)
+        self._timings.waiting_ms += max(0.0, waited_s) * 1000
+
+    def stop(self, stage: Literal["encode", "denoise", "decode"]) -> types_pb2.Timings:
+        """The timings with this stage's time in them."""
+        elapsed_ms = (time.monotonic() - self._started_s) * 1000
+        field = f"{stage}_ms"
+        setattr(self._timings, field, getattr(self._timings, field) + elapsed_ms)
+        return self._timings

@@ -1,0 +1,128 @@
+"""A stage as a process: loaded, warmed up, announced, working, and ended in order.
+
+    def main() -> None:
+        run_stage(StageService(Stage.DECODE, load=..., handler=..., servicer=...), StageSettings())
+
+SIGTERM ends it: not ready, no new work, what is under way finished within the grace period or handed back, exit 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from streamflow.config import StageSettings
+from streamflow.errors import BusyError, StreamFlowError, UnavailableError
+from streamflow.host.control import HostedStage, StageControl, StageHandler
+from streamflow.rpc.server import RpcServer, Service
+from streamflow.telemetry import configure_logging, get_logger
+from streamflow.transport.base import Transport
+from streamflow.transport.policy import Policy
+from streamflow.transport.redis_streams import RedisTransport
+from streamflow.transport.worker import StageWorker
+from streamflow.types import Stage
+
+READY_CHECK_S = 1.0
+
+S = TypeVar("S", bound=HostedStage)
+H = TypeVar("H", bound=StageHandler)
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StageService(Generic[S, H]):
+    """What one of the three services is made of.
+
+    Attributes:
+        load: loads the stage; imports what is heavy.
+        handler: what works on stream entries.
+        servicer: the gRPC surface.
+        background: runs beside the worker until the process stops.
+    """
+
+    stage: Stage
+    load: Callable[[StageSettings], S]
+    handler: Callable[[S, Transport, StageSettings], H]
+    servicer: Callable[[S, StageControl], Service]
+    background: Callable[[H, StageWorker], Coroutine[None, None, None]] | None = None
+
+
+def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
+    """Runs the service until SIGTERM or SIGINT.
+
+    Raises:
+        SystemExit: with 1, when the model or the address cannot be used; the log says why.
+    """
+    configure_logging(level=settings.log_level, log_format=settings.log_format, service=service.stage.service)
+    from streamflow.backends.runtime import resolve_device, set_threads
+
+    try:
+        device = str(resolve_device(settings.device))
+        set_threads(settings.threads, deterministic=settings.deterministic)
+        stage = service.load(settings)
+        stage.warm_up()
+        _log.info("loaded", model=stage.card.name, revision=stage.card.revision, device=device, slots=stage.slots)
+        asyncio.run(serve(service, stage, settings, device=device))
+    except StreamFlowError as error:
+        _log.error("cannot run", reason=str(error))
+        raise SystemExit(1) from error
+
+
+async def serve(service: StageService[S, H], stage: S, settings: StageSettings, *, device: str) -> None:
+    """Serves a loaded stage until SIGTERM, SIGINT or cancellation."""
+    transport = RedisTransport.from_url(
+        settings.redis_url,
+        deployment=settings.deployment,
+        revision=stage.card.revision,
+        policy=Policy(lease_s=settings.lease_s),
+    )
+    async with AsyncExitStack() as resources:
+        resources.push_async_callback(transport.close)
+        await resources.enter_async_context(stage)
+        handler = service.handler(stage, transport, settings)
+        control = StageControl(
+            service.stage, hosted=stage, handler=handler, transport=transport, settings=settings, device=device
+        )
+        server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
+        await resources.enter_async_context(server)
+        control.address = server.address
+        beside = service.background(handler, control.worker) if service.background else None
+        await _work(server, control, transport, beside)
+
+
+async def _work(
+    server: RpcServer, control: StageControl, transport: Transport, beside: Coroutine[None, None, None] | None
+) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(control.worker.run(), name="stage worker")
+        endless = [tasks.create_task(_keep_ready(server, control, transport), name="readiness")]
+        if beside is not None:
+            endless.append(tasks.create_task(beside, name="background"))
+        await server.run_until_stopped()
+        for task in endless:
+            task.cancel()
+
+
+async def _keep_ready(server: RpcServer, control: StageControl, transport: Transport) -> None:
+    """Ready while the store takes writes and the worker is not draining."""
+    while True:
+        try:
+            await transport.ping()
+        except (UnavailableError, BusyError) as error:
+            _log.warning("not ready", reason=str(error))
+            await server.set_ready(False)
+        else:
+            await server.set_ready(not control.worker.draining)
+        await asyncio.sleep(READY_CHECK_S)
+
+
+def _ending(control: StageControl) -> Callable[[float], Coroutine[None, None, None]]:
+    async def end(grace_s: float) -> None:
+        report = await control.drain(grace_s)
+        _log.info("drained", finished=report.finished, handed_back=report.handed_back)
+
+    return end

@@ -1,0 +1,103 @@
+"""One image of a request, read from what the gateway wrote down when it admitted the job.
+
+The bytes come from another process, so everything that could hurt is checked again against this replica's model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.rpc.convert import output_from_pb
+from streamflow.types import ModelCard, OutputSpec
+from streamflow.v1 import types_pb2
+from streamflow.validation import check_guidance_scale, check_sampler, check_size, check_steps
+
+DEFAULT_STRENGTH = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    """One image, with every default filled in.
+
+    Attributes:
+        index: of the image in the request; it decides prompt and seed.
+        seed: of this image.
+        init_image_blob, mask_blob: SHA-256 of PNGs of width x height; "" where there is none.
+    """
+
+    index: int
+    prompt: str
+    negative_prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    sampler: str
+    width: int
+    height: int
+    strength: float
+    init_image_blob: str
+    mask_blob: str
+    output: OutputSpec
+    preview_interval_steps: int
+    model: str
+
+    @property
+    def guided(self) -> bool:
+        """Whether the negative prompt has an effect."""
+        return self.guidance_scale > 1
+
+
+def read_request(spec: bytes, index: int, card: ModelCard) -> ImageRequest:
+    """Image `index` of a serialized JobSpec.
+
+    Raises:
+        GenerationError: the bytes are no JobSpec, it is for another model, or a value is out of this model's limits.
+    """
+    try:
+        return _read(types_pb2.JobSpec.FromString(spec), index, card)
+    except (DecodeError, ValueError) as error:
+        raise GenerationError(f"the job's specification cannot be used: {error}") from error
+
+
+def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
+    request = spec.request
+    if spec.model_revision != card.revision:
+        raise InvalidRequestError("model_revision", spec.model_revision, f"{card.revision}, which this replica runs")
+    per_prompt = request.num_images or 1
+    if not 0 <= index < len(request.prompts) * per_prompt:
+        raise InvalidRequestError("index", index, f"less than {len(request.prompts) * per_prompt}")
+    check_steps(card, request.steps)
+    check_guidance_scale(request.guidance_scale)
+    check_sampler(card, request.sampler)
+    check_size(card, "width", request.width)
+    check_size(card, "height", request.height)
+    if spec.mask_blob and not spec.init_image_blob:
+        raise InvalidRequestError("mask_blob", spec.mask_blob, "only together with init_image_blob")
+    return ImageRequest(
+        index=index,
+        prompt=request.prompts[index // per_prompt],
+        negative_prompt=request.negative_prompt,
+        seed=(request.seed + index) % 2**64,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        sampler=request.sampler,
+        width=request.width,
+        height=request.height,
+        strength=request.strength if request.HasField("strength") else DEFAULT_STRENGTH,
+        init_image_blob=spec.init_image_blob,
+        mask_blob=spec.mask_blob,
+        output=checked_output(request.output, card),
+        preview_interval_steps=request.preview_interval_steps,
+        model=request.model or card.name,
+    )
+
+
+def checked_output(output: types_pb2.OutputOptions, card: ModelCard) -> OutputSpec:
+    """The output options with defaults filled in. Raises ValueError for a value that does not exist."""
+    spec = output_from_pb(output, decoder=card.default_decoder)
+    if not 1 <= spec.quality <= 100:
+        raise InvalidRequestError("output.quality", spec.quality, "1 to 100")
+    return spec

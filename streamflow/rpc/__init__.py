@@ -1,0 +1,1 @@
+"""What every gRPC server and channel here share: lifecycle, limits, keys, errors."""

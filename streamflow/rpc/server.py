@@ -1,0 +1,189 @@
+"""The asyncio gRPC server that all services share: health, reflection, limits, keys, TLS, drain.
+
+    async with RpcServer(settings, services=[Service(NAME, add_GatewayServicer_to_server, servicer)]) as server:
+        await server.set_ready(True)
+        await server.run_until_stopped()  # SIGTERM or SIGINT; returns when drained
+
+Health knows two things apart: "" and "liveness" say that the process serves, the services' full names that it is ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from streamflow.config import Settings
+from streamflow.errors import UnavailableError
+from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.health import Health
+from streamflow.rpc.interceptors import Authenticator, RequestParser
+from streamflow.telemetry import get_logger
+
+LIVENESS = ("", "liveness")
+
+# After the grace period calls are cut; those that end themselves just before it must not be.
+_CUT_AFTER_S = 2.0
+
+_log = get_logger(__name__)
+
+OnDrain = Callable[[float], Awaitable[None]]
+"""Called once with the grace period in seconds; finishes or hands back what is under way, then returns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One gRPC service: its full name, the generated function that adds it, and what answers its calls."""
+
+    name: str
+    add: Callable[[Any, Any], None]
+    servicer: object
+
+
+class RpcServer:
+    """Serves while its context is entered.
+
+    Args:
+        settings: address, limits, reflection, grace period.
+        services: what it serves.
+        keys: API keys that calls must carry.
+        credentials: for TLS; see `server_credentials`.
+        on_drain: see OnDrain; runs while calls under way go on and new ones are refused.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        services: Sequence[Service],
+        keys: ApiKeys | None = None,
+        credentials: grpc.ServerCredentials | None = None,
+        on_drain: OnDrain | None = None,
+    ) -> None:
+        self._settings = settings
+        self._names = [service.name for service in services]
+        self._credentials = credentials
+        self._on_drain = on_drain
+        self._health = Health()
+        self._stop = asyncio.Event()
+        self._draining = False
+        interceptors: list[Any] = [Authenticator(keys), RequestParser()] if keys else [RequestParser()]
+        self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings.max_message_bytes))
+        for service in services:
+            service.add(service.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if settings.reflection:
+            reflection.enable_server_reflection(
+                [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
+            )
+        self.port = 0
+
+    def __repr__(self) -> str:
+        return f"<RpcServer {self.address} {', '.join(self._names)}{' draining' if self._draining else ''}>"
+
+    @property
+    def address(self) -> str:
+        """`host:port` as bound; the port is known once the context is entered."""
+        return _join(self._settings.host, self.port)
+
+    async def __aenter__(self) -> Self:
+        self.port = self._bind()
+        await self._health.set(LIVENESS, True)
+        await self.set_ready(False)
+        await self._server.start()
+        _log.info("serving", address=self.address, services=self._names, tls=self._credentials is not None)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            await self.drain()
+        else:
+            await self._server.stop(0)
+
+    async def set_ready(self, ready: bool) -> None:
+        """Says whether calls of the services can be answered now; never true again after the drain began."""
+        await self._health.set(self._names, ready and not self._draining)
+
+    def request_stop(self) -> None:
+        """What SIGTERM does: `run_until_stopped` drains and returns."""
+        self._stop.set()
+
+    async def run_until_stopped(self) -> None:
+        """Serves until SIGTERM, SIGINT or `request_stop`, then drains. A second signal ends the process at once."""
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self.request_stop)
+        try:
+            await self._stop.wait()
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+        await self.drain()
+
+    async def drain(self) -> None:
+        """Not ready, new calls refused, work under way finished or handed back, stopped; safe to repeat."""
+        if self._draining:
+            return
+        grace_s = self._settings.drain_grace_s
+        _log.info("draining", address=self.address, grace_s=grace_s)
+        self._draining = True
+        await self.set_ready(False)
+        await self._health.close()
+        async with asyncio.TaskGroup() as tasks:
+            # From its first step on, stop() takes no new calls; it waits for those under way.
+            tasks.create_task(self._server.stop(grace_s + _CUT_AFTER_S), name="stop gRPC server")
+            if self._on_drain is not None:
+                tasks.create_task(_run(self._on_drain, grace_s), name="drain work")
+        _log.info("stopped", address=self.address)
+
+    def _bind(self) -> int:
+        address = self.address if self.port else _join(self._settings.host, self._settings.port)
+        try:
+            if self._credentials is None:
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, self._credentials)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise UnavailableError(f"cannot listen on {address}: choose another host or port (port 0 takes a free one)")
+        return port
+
+
+def server_credentials(cert: bytes, key: bytes) -> grpc.ServerCredentials:
+    """TLS with a certificate chain and its key, both PEM."""
+    return grpc.ssl_server_credentials([(key, cert)])
+
+
+async def _run(on_drain: OnDrain, grace_s: float) -> None:
+    await on_drain(grace_s)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
+    return [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Clients ping every 30 s; fewer than 10 s apart is abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Two processes on one port would share the calls without anybody noticing.
+        ("grpc.so_reuseport", 0),
+    ]

@@ -1,0 +1,245 @@
+"""The encoder stage: prompts, init images and masks to tensors."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from streamflow.errors import GenerationError, InvalidRequestError, shorten
+from streamflow.stages.microbatch import MicroBatcher
+from streamflow.types import EncodedJob, EncodeJob, ModelCard, Tensors
+
+if TYPE_CHECKING:
+    from streamflow.families.base import TextEncoder, VaeEncoder
+
+DEFAULT_SLOTS = 16
+
+CACHE_VERSION = 1
+"""Raised when what a prompt becomes changes, so that old cached values are not found."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedText:
+    """One prompt's named arrays without a batch axis, and what of it did not fit ("" when all of it did)."""
+
+    conditioning: Tensors
+    truncated: str = ""
+
+
+def prompt_cache_key(model_revision: str, prompt: str) -> str:
+    """The content hash under which a prompt's tensors are kept: 64 hex digits."""
+    parts = json.dumps([CACHE_VERSION, model_revision, prompt])
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def truncation_warning(name: str, truncated: str, max_tokens: int) -> str:
+    """What the user reads when a prompt was cut.
+
+    Args:
+        name: of the request's field, such as "prompt".
+    """
+    return f"the {name} is longer than {max_tokens} tokens; this was left out: {shorten(truncated, 200)}"
+
+
+class EncoderStage:
+    """Encodes jobs; safe to share between tasks. Enter its context to use `submit`, `encode_text` and `encode_image`.
+
+    Args:
+        text, images: the networks.
+        card: of the checkpoint that they come from.
+        max_rows: prompts, or images, in one network call.
+        max_wait_s: how long an item waits for company.
+        deterministic: one row per call, so that a result does not depend on its neighbours.
+        slots: images that a service works on at once.
+    """
+
+    def __init__(
+        self,
+        text: TextEncoder,
+        images: VaeEncoder,
+        card: ModelCard,
+        *,
+        max_rows: int = 8,
+        max_wait_s: float = 0.004,
+        deterministic: bool = False,
+        slots: int = DEFAULT_SLOTS,
+    ) -> None:
+        self.card, self.slots = card, slots
+        self._text, self._images = text, images
+        self._max_rows = 1 if deterministic else max_rows
+        self._batcher: MicroBatcher[str | np.ndarray, EncodedText | np.ndarray] = MicroBatcher(
+            self._run, key=_kind, max_rows=self._max_rows, max_wait_s=max_wait_s, name="encoder"
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        max_wait_s: float = 0.004,
+        deterministic: bool = False,
+        slots: int = DEFAULT_SLOTS,
+        name: str = "",
+    ) -> Self:
+        """Loads the text encoder and the VAE of a checkpoint, and nothing else of it.
+
+        Args:
+            name: that clients use; empty = the folder's name.
+        """
+        from streamflow.backends.runtime import resolve_device, resolve_dtype
+        from streamflow.families import describe, load_text_encoder, load_vae_encoder
+
+        where = resolve_device(device)
+        precision = resolve_dtype(dtype, where)
+        text = load_text_encoder(path, device=where, dtype=precision)
+        images = load_vae_encoder(path, device=where, dtype=precision)
+        card = describe(path, name)
+        return cls(text, images, card, max_wait_s=max_wait_s, deterministic=deterministic, slots=slots)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Finishes what waits and ends the stage's thread; blocks until then."""
+        self._batcher.close()
+
+    @property
+    def max_tokens(self) -> int:
+        return self._text.max_tokens
+
+    @property
+    def backend(self) -> str:
+        return "torch-eager"
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Network calls, and what went through them."""
+        return {"calls_total": self._batcher.calls, "rows_total": self._batcher.rows}
+
+    def warm_up(self) -> None:
+        """Runs the networks once, on an empty prompt and a black picture of the default size."""
+        self.encode(
+            [EncodeJob("", init_image=np.zeros((self.card.default_height, self.card.default_width, 3), np.uint8))]
+        )
+
+    def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodedJob]:
+        """Encodes jobs in the calling thread; equal prompts are encoded once.
+
+        Raises:
+            InvalidRequestError: an image or a mask of a shape that the model does not take.
+            GenerationError: a network gave values that are not finite.
+        """
+        texts = list(dict.fromkeys(text for job in jobs for text in _texts(job)))
+        encoded: dict[str, EncodedText] = {}
+        for start in range(0, len(texts), self._max_rows):
+            chunk = texts[start : start + self._max_rows]
+            encoded.update(zip(chunk, self._encode_texts(chunk), strict=True))
+        # By identity: the jobs of one request share one picture.
+        pictures = {id(job.init_image): job.init_image for job in jobs if job.init_image is not None}
+        latents = {key: self._encode_images([self._checked(picture)])[0] for key, picture in pictures.items()}
+        return [
+            self._result(job, [encoded[text] for text in _texts(job)], latents.get(id(job.init_image))) for job in jobs
+        ]
+
+    async def submit(self, job: EncodeJob) -> EncodedJob:
+        """Like `encode` for one job, batched with others that are submitted about now."""
+        parts: list[str | np.ndarray] = [*_texts(job)]
+        if job.init_image is not None:
+            parts.append(self._checked(job.init_image))
+        results = await asyncio.gather(*map(self._batcher.submit, parts))
+        texts = [result for result in results if isinstance(result, EncodedText)]
+        source = next((result for result in results if isinstance(result, np.ndarray)), None)
+        return self._result(job, texts, source)
+
+    async def encode_text(self, prompt: str) -> EncodedText:
+        """One prompt's conditioning."""
+        result = await self._batcher.submit(prompt)
+        assert isinstance(result, EncodedText)
+        return result
+
+    async def encode_image(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3] to scaled latents, float32 [C, H / f, W / f]."""
+        result = await self._batcher.submit(self._checked(image))
+        assert isinstance(result, np.ndarray)
+        return result
+
+    def mask_latents(self, mask: np.ndarray) -> np.ndarray:
+        """uint8 [H, W] to float32 [H / f, W / f] in [0, 1]: the mean over each latent's pixels."""
+        self._check_shape("mask_image", mask, ndim=2)
+        factor = self.card.latent_factor
+        height, width = mask.shape
+        blocks = mask.reshape(height // factor, factor, width // factor, factor).astype(np.float32)
+        return np.asarray(blocks.mean(axis=(1, 3)) / 255.0)
+
+    def _run(self, items: Sequence[str | np.ndarray]) -> Sequence[EncodedText | np.ndarray]:
+        """One call of the batcher: its key keeps prompts and images apart."""
+        texts = [item for item in items if isinstance(item, str)]
+        if not texts:
+            return self._encode_images([item for item in items if isinstance(item, np.ndarray)])
+        unique = list(dict.fromkeys(texts))
+        encoded = dict(zip(unique, self._encode_texts(unique), strict=True))
+        return [encoded[text] for text in texts]
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[EncodedText]:
+        encoded = self._text.encode(texts)
+        for tensors in encoded:
+            _check_finite(tensors.values(), "the text encoder")
+        return [EncodedText(tensors, self._text.truncated(text)) for text, tensors in zip(texts, encoded, strict=True)]
+
+    def _encode_images(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        pixels = np.stack(images).astype(np.float32) / 127.5 - 1.0
+        latents = self._images.encode(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+        _check_finite([latents], "the VAE encoder")
+        return list(latents)
+
+    def _checked(self, image: np.ndarray) -> np.ndarray:
+        self._check_shape("init_image", image, ndim=3)
+        return image
+
+    def _check_shape(self, field: str, image: np.ndarray, *, ndim: int) -> None:
+        card = self.card
+        multiple = card.size_multiple
+        fits = image.ndim == ndim and image.dtype == np.uint8 and image.shape[2:] == (3,) * (ndim - 2)
+        if fits and all(multiple <= size and size % multiple == 0 for size in image.shape[:2]):
+            return
+        allowed = f"uint8 [height, width{', 3' if ndim == 3 else ''}], height and width multiples of {multiple}"
+        raise InvalidRequestError(field, f"{image.dtype} {list(image.shape)}", allowed)
+
+    def _result(self, job: EncodeJob, texts: Sequence[EncodedText], source: np.ndarray | None) -> EncodedJob:
+        names = ("prompt", "negative_prompt")
+        return EncodedJob(
+            conditioning=texts[0].conditioning,
+            negative=texts[1].conditioning if job.guided else None,
+            init_latents=source,
+            mask=None if job.mask is None else self.mask_latents(job.mask),
+            warnings=tuple(
+                truncation_warning(name, text.truncated, self.max_tokens)
+                for name, text in zip(names, texts, strict=False)
+                if text.truncated
+            ),
+        )
+
+
+def _texts(job: EncodeJob) -> tuple[str, ...]:
+    return (job.prompt, job.negative_prompt) if job.guided else (job.prompt,)
+
+
+def _kind(item: str | np.ndarray) -> Hashable:
+    return "prompt" if isinstance(item, str) else item.shape
+
+
+def _check_finite(arrays: object, network: str) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):  # type: ignore[attr-defined]
+        raise GenerationError(f"{network} gave values that are not finite; float32 (--dtype) may help", stage="encoder")

@@ -1,0 +1,55 @@
+"""The names of everything that a deployment keeps in Redis.
+
+All share the hash tag of the deployment, so they live on one shard of a cluster and a script may touch any of them.
+"""
+
+from __future__ import annotations
+
+import re
+
+from streamflow.types import Stage
+
+# What every script gets as KEYS, in the order in which scripts/common.lua names them.
+_SHARED = ("meta", "waiting", "under_way", "open", "watch", "jobs", "ended", "results", "cache", "workers", "dead")
+
+
+class Keys:
+    """Keys of one deployment; work streams are those of one model revision, so that old replicas drain in peace.
+
+    Args:
+        deployment: 1 to 40 of A-Z a-z 0-9 _ -.
+    """
+
+    def __init__(self, deployment: str, revision: str = "") -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", deployment):
+            raise ValueError(f"deployment: got {deployment!r}; allowed: 1 to 40 of A-Z a-z 0-9 _ -")
+        self.prefix = f"sf:v1:{{{deployment}}}:"
+        self.revision = revision
+        self.shared = tuple(self.prefix + name for name in _SHARED)
+
+    def __getattr__(self, name: str) -> str:
+        if name not in _SHARED:
+            raise AttributeError(name)
+        return self.prefix + name
+
+    def stream(self, stage: Stage) -> str:
+        return self.prefix + stage.value + (f":{self.revision}" if self.revision else "")
+
+    def job(self, job_id: str) -> str:
+        return f"{self.prefix}job:{job_id}"
+
+    def result(self, job_id: str, index: int) -> str:
+        return f"{self.prefix}res:{job_id}:{index}"
+
+    def events(self, job_id: str) -> str:
+        return f"{self.prefix}ev:{job_id}"
+
+    def blob(self, sha256: str) -> str:
+        return f"{self.prefix}blob:{sha256}"
+
+    def cached(self, key: str) -> str:
+        return f"{self.prefix}cached:{key}"
+
+    @property
+    def preview(self) -> str:
+        return f"{self.prefix}preview"

@@ -1,0 +1,338 @@
+"""The transport within one process: for the fused pipeline and for tests. It keeps the contract of the Redis one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from math import inf
+
+from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
+from streamflow.transport.base import (
+    Admission,
+    Entry,
+    Heartbeat,
+    ImageRef,
+    JobView,
+    Limits,
+    NewJob,
+    Payload,
+    PreviewTask,
+    QueuePosition,
+)
+from streamflow.transport.events import Mailboxes, follow
+from streamflow.transport.memory_jobs import WAITING, Job, State, StreamEntry
+from streamflow.transport.policy import Policy
+from streamflow.types import Failure, JobState, Stage, WorkerInfo
+
+_NOBODY = "nobody"
+_MAX_BLOCK_S = 2.0
+
+
+class MemoryTransport:
+    """Implements `base.Transport` for one event loop; nothing outlives the process.
+
+    Args:
+        clock: seconds; leases, deadlines and expiry go by it, blocking reads by real time.
+    """
+
+    def __init__(
+        self, *, limits: Limits | None = None, policy: Policy | None = None, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._limits = limits or Limits()
+        self._policy = policy or Policy()
+        self._clock = clock
+        self._boxes = Mailboxes()
+        self._state = State(self._policy, clock, wake=self._wake)
+        self._changed = asyncio.Event()
+        self._kept: dict[str, tuple[bytes, float]] = {}
+        self._previews: deque[PreviewTask] = deque(maxlen=self._policy.max_previews)
+        self._reaped_at_s, self._watch_grace_until_s = clock(), 0.0
+
+    def __repr__(self) -> str:
+        return f"MemoryTransport({len(self._state.jobs)} jobs, {self._state.under_way()} images under way)"
+
+    @property
+    def lease_s(self) -> float:
+        return self._policy.lease_s
+
+    # -- gateways ----------------------------------------------------------------------------------------------------
+
+    async def admit(self, job: NewJob) -> Admission:
+        known = self._state.jobs.get(job.id)
+        if known is not None:
+            if known.new.digest != job.digest:
+                raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
+            return Admission(True, known.admitted_at_s, known.deadline_at_s)
+        self._refuse_over_limits(job)
+        now_s = self._clock()
+        deadline_at_s = now_s + job.timeout_s
+        watch_until_s = None if job.watch_lease_s is None else now_s + job.watch_lease_s
+        self._state.jobs[job.id] = Job(job, now_s, deadline_at_s, watch_until_s, [WAITING] * job.num_images)
+        rank = min(now_s - self._policy.priority_weight_s * job.priority, deadline_at_s - self._policy.urgent_s)
+        self._state.waiting.update({ImageRef(job.id, index): rank for index in range(job.num_images)})
+        self._state.release()
+        return Admission(False, now_s, deadline_at_s)
+
+    async def job(self, job_id: str) -> JobView:
+        return self._job(job_id).view()
+
+    async def jobs(self, *, tenant: str | None = None, after: str = "", count: int = 100) -> list[JobView]:
+        newest = list(reversed(self._state.jobs))
+        if after:
+            newest = newest[newest.index(after) + 1 :] if after in newest else []
+        views = (self._state.jobs[job_id].view() for job_id in newest)
+        return [view for view in views if tenant is None or view.tenant == tenant][:count]
+
+    async def result(self, ref: ImageRef) -> bytes | None:
+        job = self._state.jobs.get(ref.job_id)
+        return None if job is None else job.results.get(ref.index)
+
+    async def mark_delivered(self, job_id: str) -> None:
+        job = self._state.jobs.get(job_id)
+        if job is not None and job.results_until_s is not None:
+            job.delivered = True
+            job.results_until_s = min(job.results_until_s, self._clock() + self._policy.delivered_s)
+
+    async def cancel(
+        self, job_id: str, *, state: JobState = JobState.CANCELLED, failure: Failure | None = None
+    ) -> bool:
+        if not state.terminal:
+            raise ValueError(f"state: got {state!r}; allowed: a terminal one")
+        job = self._job(job_id)
+        if job.state.terminal:
+            return False
+        self._state.end_job(job, state, state.value, failure or Failure("CANCELLED", "the job was cancelled"))
+        return True
+
+    async def renew_watch(self, job_id: str) -> None:
+        job = self._state.jobs.get(job_id)
+        if job is not None and job.new.watch_lease_s is not None:
+            job.watch_until_s = self._clock() + job.new.watch_lease_s
+
+    async def queue_position(self, job_id: str) -> QueuePosition:
+        places = self._job(job_id).places
+        if WAITING not in places:
+            return QueuePosition(None)
+        ahead = self._state.queue().index(ImageRef(job_id, places.index(WAITING)))
+        return QueuePosition(ahead, None if self._state.gap_s is None else (ahead + 1) * self._state.gap_s)
+
+    @asynccontextmanager
+    async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
+        with self._boxes.open(job_id) as queue:
+            yield follow(queue)
+
+    async def reap(self) -> int:
+        now_s = self._clock()
+        if now_s - self._reaped_at_s > self._policy.reap_gap_s:
+            self._watch_grace_until_s = now_s + self._policy.watch_grace_s
+        self._reaped_at_s = now_s
+        late = [job for job in self._state.open_jobs() if job.deadline_at_s <= now_s]
+        for job in late:
+            why = Failure("DEADLINE_EXCEEDED", "the deadline passed before every image was finished")
+            self._state.end_job(job, JobState.DEADLINE, "deadline", why)
+        touched = len(late) + (self._reap_unwatched(now_s) if now_s >= self._watch_grace_until_s else 0)
+        self._state.release()
+        return touched + self._reap_expired(now_s)
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
+        if count < 1:
+            raise ValueError(f"count: got {count}; allowed: 1 or more")
+        taken = self._take(stage, worker_id, count)
+        if taken or block_s <= 0:
+            return taken
+        try:
+            async with asyncio.timeout(min(block_s, _MAX_BLOCK_S)):
+                while not taken:
+                    self._changed.clear()
+                    await self._changed.wait()
+                    taken = self._take(stage, worker_id, count)
+        except TimeoutError:
+            return []
+        return taken
+
+    async def spec(self, job_id: str) -> bytes:
+        return self._job(job_id).new.spec
+
+    async def advance(self, entry: Entry, to: Stage, payload: Payload, *, warnings: Sequence[str] = ()) -> bool:
+        if not self._state.is_at(entry, entry.stage):
+            return False
+        self._state.jobs[entry.ref.job_id].warnings.update(dict.fromkeys(warnings))
+        del self._state.streams[entry.stage][entry.id]
+        self._state.enqueue(entry.ref, to, payload)
+        self._wake(entry.ref.job_id)
+        return True
+
+    async def finish(self, entry: Entry, result: bytes | Failure) -> bool:
+        if not self._state.is_at(entry, entry.stage):
+            return False
+        self._state.finish_image(entry.ref, result)
+        return True
+
+    async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
+        lost, cancelled = set(), set()
+        for entry in entries:
+            mine = self._state.streams[stage].get(entry.id)
+            job = self._state.jobs.get(entry.ref.job_id)
+            if mine is not None and mine.owner == worker_id:
+                mine.delivered_at_s = self._clock()
+            elif mine is None and job is not None and entry.ref.index not in job.live():
+                cancelled.add(entry.id)
+            else:
+                lost.add(entry.id)
+        return Heartbeat(frozenset(lost), frozenset(cancelled))
+
+    async def hand_back(
+        self, stage: Stage, worker_id: str, entries: Iterable[Entry] | None, *, count_attempt: bool
+    ) -> int:
+        ids = None if entries is None else {entry.id for entry in entries}
+        mine = [
+            entry
+            for entry in self._state.streams[stage].values()
+            if entry.owner == worker_id and (ids is None or entry.id in ids)
+        ]
+        for entry in mine:
+            entry.owner, entry.delivered_at_s = _NOBODY, -inf
+            entry.deliveries -= 0 if count_attempt else 1
+        self._changed.set()
+        return len(mine)
+
+    async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
+        sha256 = hashlib.sha256(data).hexdigest()
+        self._keep(f"blob:{sha256}", data, keep_s)
+        return sha256
+
+    async def get_blob(self, sha256: str) -> bytes | None:
+        data, until_s = self._kept.get(f"blob:{sha256}", (None, 0.0))
+        return data if until_s > self._clock() else None
+
+    async def put_cached(self, key: str, data: bytes, *, keep_s: float) -> None:
+        self._keep(f"cached:{key}", data, keep_s)
+        cached = sorted((until_s, name) for name, (_, until_s) in self._kept.items() if name.startswith("cached:"))
+        excess = sum(len(self._kept[name][0]) for _, name in cached) - self._policy.max_cached_bytes
+        for _, name in cached:
+            if excess <= 0:
+                break
+            excess -= len(self._kept.pop(name)[0])
+
+    async def get_cached(self, key: str, *, keep_s: float) -> bytes | None:
+        data, _ = self._kept.get(f"cached:{key}", (None, 0.0))
+        if data is not None:
+            self._keep(f"cached:{key}", data, keep_s)
+        return data
+
+    async def publish(self, job_id: str, event: bytes) -> None:
+        self._boxes.put(job_id, event)
+
+    async def push_preview(self, task: PreviewTask) -> None:
+        self._previews.append(task)
+
+    async def pop_preview(self) -> PreviewTask | None:
+        return self._previews.popleft() if self._previews else None
+
+    # -- everybody ---------------------------------------------------------------------------------------------------
+
+    async def register(self, worker: WorkerInfo, *, lease_s: float) -> None:
+        self._state.workers[worker.worker_id] = worker, self._clock() + lease_s
+
+    async def unregister(self, worker_id: str) -> None:
+        self._state.workers.pop(worker_id, None)
+
+    async def workers(self) -> list[WorkerInfo]:
+        return [worker for worker, lapses_s in self._state.workers.values() if lapses_s > self._clock()]
+
+    async def backlog(self) -> dict[str, int]:
+        lengths = {stage.value: len(entries) for stage, entries in self._state.streams.items()}
+        return {WAITING: len(self._state.waiting), **lengths}
+
+    async def ping(self) -> None:
+        return
+
+    async def close(self) -> None:
+        return
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _wake(self, job_id: str) -> None:
+        self._boxes.put(job_id, b"")
+        self._changed.set()
+
+    def _job(self, job_id: str) -> Job:
+        if job_id not in self._state.jobs:
+            raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
+        return self._state.jobs[job_id]
+
+    def _refuse_over_limits(self, job: NewJob) -> None:
+        if len(self._state.open_jobs()) >= self._limits.max_jobs:
+            raise self._busy("jobs")
+        reserved_bytes = job.reserved_bytes // job.num_images * job.num_images
+        delivered = [known for known in self._state.jobs.values() if known.delivered]
+        while self._state.reserved_bytes() + reserved_bytes > self._limits.max_reserved_bytes:
+            if not delivered:
+                raise self._busy("bytes")
+            delivered.pop(0).results.clear()
+
+    def _busy(self, what: str) -> BusyError:
+        queued = len(self._state.waiting) + self._state.under_way()
+        retry_after_s = min(60.0, max(1.0, (self._state.gap_s or 0.0) * queued))
+        message = f"too many {what} are under way; try again in {retry_after_s:.0f} s"
+        return BusyError(message, retry_after_s=retry_after_s)
+
+    def _take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
+        self._state.release()
+        taken: list[Entry] = []
+        for entry in self._state.claimable(stage, worker_id):
+            if entry.deliveries >= self._policy.max_deliveries:
+                self._state.give_up(entry, stage)
+            elif len(taken) < count and (entry.deliveries == 0 or not taken):
+                taken.append(self._deliver(entry, stage, worker_id))
+                # What may have ended a worker is given out alone.
+                if entry.deliveries > 1:
+                    return taken
+        fresh = [entry for entry in self._state.streams[stage].values() if entry.owner is None]
+        return taken + [self._deliver(entry, stage, worker_id) for entry in fresh[: count - len(taken)]]
+
+    def _deliver(self, entry: StreamEntry, stage: Stage, worker_id: str) -> Entry:
+        now_s, job = self._clock(), self._state.jobs[entry.ref.job_id]
+        entry.owner, entry.delivered_at_s = worker_id, now_s
+        entry.deliveries += 1
+        return Entry(
+            id=entry.id,
+            stage=stage,
+            ref=entry.ref,
+            payload=entry.payload,
+            attempt=entry.deliveries,
+            enqueued_at_s=entry.enqueued_at_s,
+            deadline_at_s=job.deadline_at_s,
+            remaining_s=job.deadline_at_s - now_s,
+            traceparent=job.new.traceparent,
+        )
+
+    def _keep(self, name: str, data: bytes, keep_s: float) -> None:
+        _, until_s = self._kept.get(name, (b"", 0.0))
+        self._kept[name] = data, max(until_s, self._clock() + keep_s)
+
+    def _reap_unwatched(self, now_s: float) -> int:
+        unwatched = [job for job in self._state.open_jobs() if (job.watch_until_s or inf) <= now_s]
+        for job in unwatched:
+            why = Failure("CANCELLED", "nobody watched the job any more")
+            self._state.end_job(job, JobState.CANCELLED, "cancelled", why)
+        return len(unwatched)
+
+    def _reap_expired(self, now_s: float) -> int:
+        ended = [job for job in self._state.jobs.values() if job.finished_at_s is not None]
+        expired = [job for job in ended if job.results and (job.results_until_s or inf) <= now_s]
+        for job in expired:
+            job.results.clear()
+        buried = [job for job in ended if (job.finished_at_s or 0.0) + self._policy.tombstone_s <= now_s]
+        for job in buried:
+            del self._state.jobs[job.new.id]
+        gone = [name for name, (_, until_s) in self._kept.items() if until_s <= now_s]
+        for name in gone:
+            del self._kept[name]
+        return len(expired) + len(buried) + len(gone)

@@ -1,0 +1,88 @@
+"""How we talk to Redis: connections, scripts by their hash, and errors in our own words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.resources import files
+from typing import Any
+
+import redis.asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import MasterDownError, NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from streamflow.errors import BusyError, UnavailableError
+from streamflow.transport.keys import Keys
+from streamflow.transport.policy import Policy
+
+Argument = str | bytes | int | float
+
+SOCKET_TIMEOUT_S = 5.0
+# Answers of a Redis that is there but cannot take writes now: it loads its data, its disk is full, it is a replica.
+_NOT_NOW = ("LOADING", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
+
+
+def connect(url: str) -> redis.Redis:
+    """A client with a pool of connections. Every command is sent up to 4 times within about a second."""
+    return redis.Redis.from_url(
+        url,
+        protocol=2,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=2.0,
+        health_check_interval=15,
+        retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
+    )
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Turns errors of Redis into UnavailableError and, when its memory is full, BusyError."""
+    try:
+        yield
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+        raise UnavailableError(f"Redis cannot be reached: {error}") from error
+    except ResponseError as error:
+        # Redis 6.2 hides the kind of an error inside a script in its text.
+        if isinstance(error, OutOfMemoryError) or "-OOM" in str(error):
+            raise BusyError("the store is full; try again when results have been delivered") from error
+        if isinstance(error, ReadOnlyError | MasterDownError) or any(word in str(error) for word in _NOT_NOW):
+            raise UnavailableError(f"Redis cannot take writes now: {error}") from error
+        raise
+
+
+class Calls:
+    """Commands, and scripts with the deployment's keys and policy; errors come as `redis_errors` says."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, policy: Policy) -> None:
+        # Replies are bytes, int, list or None as the command has it: no type that redis-py states helps.
+        self._execute: Any = client.execute_command
+        self._keys = keys.shared
+        self._config = json.dumps({"prefix": keys.prefix, "revision": keys.revision, **asdict(policy)})
+        self._sources: dict[str, tuple[str, str]] = {}
+
+    async def command(self, *args: Argument) -> Any:
+        with redis_errors():
+            return await self._execute(*args)
+
+    async def script(self, name: str, *args: Argument) -> Any:
+        """Runs `scripts/<name>.lua`: each is atomic, and safe to run again."""
+        source, digest = self._source(name)
+        call = (len(self._keys), *self._keys, self._config, *args)
+        with redis_errors():
+            try:
+                return await self._execute("EVALSHA", digest, *call)
+            except NoScriptError:
+                return await self._execute("EVAL", source, *call)
+
+    def _source(self, name: str) -> tuple[str, str]:
+        if name not in self._sources:
+            folder = files("streamflow.transport.scripts")
+            source = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
+            self._sources[name] = source, hashlib.sha1(source.encode()).hexdigest()
+        return self._sources[name]

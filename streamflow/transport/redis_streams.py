@@ -1,0 +1,348 @@
+"""The transport over Redis streams. Every state move is one Lua script (`scripts/`); this file only calls them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+
+import redis.asyncio as redis
+from redis.exceptions import ResponseError
+
+from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
+from streamflow.transport.base import (
+    Admission,
+    Entry,
+    Heartbeat,
+    ImageRef,
+    JobView,
+    Limits,
+    NewJob,
+    Payload,
+    PreviewTask,
+    QueuePosition,
+)
+from streamflow.transport.events import RedisEvents, follow
+from streamflow.transport.keys import Keys
+from streamflow.transport.policy import Policy
+from streamflow.transport.redis_client import Calls, connect, redis_errors
+from streamflow.transport.replies import (
+    Delivery,
+    entry_from,
+    job_from,
+    payload_args,
+    preview_from,
+    taken_by_read,
+    taken_by_script,
+    worker_from,
+)
+from streamflow.types import Failure, JobState, Stage, WorkerInfo
+
+_GROUP = "workers"
+_MAX_BLOCK_S = 2.0  # well below the socket's time-out, which would break off a longer wait
+_REAP_AT_ONCE = 100
+_PAGE = 100
+
+
+class RedisTransport:
+    """Implements `base.Transport`.
+
+    One worker id reads from one transport, one call at a time: the transport remembers which entries it gave out, so
+    that it can tell a delivery whose reply was lost from one that is being worked on.
+
+    Args:
+        client: see `redis_client.connect`; closed by `close`.
+        deployment: name in every key.
+        revision: of the model; jobs admitted here are worked on by stages of the same revision.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        *,
+        deployment: str = "default",
+        revision: str = "",
+        limits: Limits | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self._client = client
+        self._keys = Keys(deployment, revision)
+        self._limits = limits or Limits()
+        self._policy = policy or Policy()
+        self._calls = Calls(client, self._keys, self._policy)
+        self._events = RedisEvents(client)
+        self._in_hand: dict[str, set[str]] = {}
+
+    @classmethod
+    def from_url(
+        cls,
+        url: str,
+        *,
+        deployment: str = "default",
+        revision: str = "",
+        limits: Limits | None = None,
+        policy: Policy | None = None,
+    ) -> RedisTransport:
+        return cls(connect(url), deployment=deployment, revision=revision, limits=limits, policy=policy)
+
+    def __repr__(self) -> str:
+        return f"RedisTransport({self._keys.prefix}, in hand: {sum(map(len, self._in_hand.values()))})"
+
+    @property
+    def lease_s(self) -> float:
+        return self._policy.lease_s
+
+    # -- gateways ----------------------------------------------------------------------------------------------------
+
+    async def admit(self, job: NewJob) -> Admission:
+        answer, *details = await self._calls.script(
+            "admit",
+            job.id,
+            job.digest,
+            job.spec,
+            job.num_images,
+            job.tenant,
+            job.timeout_s,
+            job.priority,
+            job.reserved_bytes,
+            "" if job.watch_lease_s is None else job.watch_lease_s,
+            job.traceparent,
+            self._limits.max_jobs,
+            self._limits.max_reserved_bytes,
+        )
+        if answer == b"exists":
+            raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
+        if answer == b"busy":
+            raise BusyError(
+                f"too many {details[1].decode()} are under way; try again in {float(details[0]):.0f} s",
+                retry_after_s=float(details[0]),
+            )
+        return Admission(answer == b"attached", *map(float, details))
+
+    async def job(self, job_id: str) -> JobView:
+        with redis_errors():
+            fields = await self._calls.command("HGETALL", self._keys.job(job_id))
+        if not fields:
+            raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
+        return job_from(job_id, fields)
+
+    async def jobs(self, *, tenant: str | None = None, after: str = "", count: int = 100) -> list[JobView]:
+        start = 0
+        if after:
+            rank = await self._calls.command("ZREVRANK", self._keys.jobs, after)
+            if rank is None:
+                return []
+            start = rank + 1
+        found: list[JobView] = []
+        while len(found) < count:
+            ids = await self._calls.command("ZREVRANGE", self._keys.jobs, start, start + _PAGE - 1)
+            if not ids:
+                break
+            found += [view for view in await self._views(ids) if tenant is None or view.tenant == tenant]
+            start += len(ids)
+        return found[:count]
+
+    async def result(self, ref: ImageRef) -> bytes | None:
+        data: bytes | None = await self._calls.command("GET", self._keys.result(ref.job_id, ref.index))
+        return data
+
+    async def mark_delivered(self, job_id: str) -> None:
+        await self._calls.script("delivered", job_id)
+
+    async def cancel(
+        self, job_id: str, *, state: JobState = JobState.CANCELLED, failure: Failure | None = None
+    ) -> bool:
+        if not state.terminal:
+            raise ValueError(f"state: got {state!r}; allowed: a terminal one")
+        why = failure or Failure("CANCELLED", "the job was cancelled")
+        answer = await self._calls.script("cancel", job_id, state.value, why.code, why.message, why.stage)
+        if answer == -1:
+            raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
+        return bool(answer)
+
+    async def renew_watch(self, job_id: str) -> None:
+        await self._calls.script("watch", job_id)
+
+    async def queue_position(self, job_id: str) -> QueuePosition:
+        view = await self.job(job_id)
+        if "waiting" not in view.images:
+            return QueuePosition(None)
+        first = ImageRef(job_id, view.images.index("waiting"))
+        ahead = await self._calls.command("ZRANK", self._keys.waiting, str(first))
+        gap_s = await self._calls.command("HGET", self._keys.meta, "gap")
+        estimate_s = None if ahead is None or gap_s is None else (ahead + 1) * float(gap_s)
+        return QueuePosition(ahead, estimate_s)
+
+    @asynccontextmanager
+    async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
+        async with self._events.listen(self._keys.events(job_id)) as queue:
+            yield follow(queue)
+
+    async def reap(self) -> int:
+        touched: int = await self._calls.script("reap", _REAP_AT_ONCE)
+        return touched
+
+    # -- workers -----------------------------------------------------------------------------------------------------
+
+    async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
+        if count < 1:
+            raise ValueError(f"count: got {count}; allowed: 1 or more")
+        in_hand = self._in_hand.setdefault(worker_id, set())
+        now_s, taken = await self._take(stage, worker_id, count, in_hand)
+        if not taken and block_s > 0:
+            started_s = time.monotonic()
+            taken = await self._wait(stage, worker_id, count, in_hand, min(block_s, _MAX_BLOCK_S))
+            now_s += time.monotonic() - started_s
+        in_hand.update(delivery.id for delivery in taken)
+        return [entry_from(stage, delivery, now_s=now_s) for delivery in taken]
+
+    async def spec(self, job_id: str) -> bytes:
+        spec: bytes | None = await self._calls.command("HGET", self._keys.job(job_id), "spec")
+        if spec is None:
+            raise NotFoundError(f"no job {job_id}")
+        return spec
+
+    async def advance(self, entry: Entry, to: Stage, payload: Payload, *, warnings: Sequence[str] = ()) -> bool:
+        done = await self._calls.script(
+            "advance",
+            entry.ref.job_id,
+            entry.ref.index,
+            entry.stage.value,
+            entry.id,
+            to.value,
+            len(warnings),
+            *warnings,
+            *payload_args(payload),
+        )
+        self._put_down([entry])
+        return bool(done)
+
+    async def finish(self, entry: Entry, result: bytes | Failure) -> bool:
+        what: tuple[str | bytes, ...] = (
+            (result.code, result.message, result.stage) if isinstance(result, Failure) else (result,)
+        )
+        done = await self._calls.script("finish", entry.ref.job_id, entry.ref.index, entry.stage.value, entry.id, *what)
+        self._put_down([entry])
+        return bool(done)
+
+    async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
+        beaten = {entry.id: entry for entry in entries}
+        args = [arg for entry in beaten.values() for arg in (entry.id, entry.ref.job_id, entry.ref.index)]
+        reply = await self._calls.script("heartbeat", stage.value, worker_id, *args)
+        lost, cancelled = (frozenset(entry_id.decode() for entry_id in ids) for ids in reply)
+        self._put_down(beaten[entry_id] for entry_id in lost | cancelled)
+        return Heartbeat(lost, cancelled)
+
+    async def hand_back(
+        self, stage: Stage, worker_id: str, entries: Iterable[Entry] | None, *, count_attempt: bool
+    ) -> int:
+        given = None if entries is None else list(entries)
+        if given == []:
+            return 0
+        ids = [entry.id for entry in given or ()]
+        count: int = await self._calls.script("hand_back", stage.value, worker_id, int(count_attempt), *ids)
+        if given is None:
+            self._in_hand.pop(worker_id, None)
+        else:
+            self._put_down(given)
+        return count
+
+    async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
+        sha256 = hashlib.sha256(data).hexdigest()
+        args = (sha256, int(keep_s * 1000), int(admitted))
+        if not await self._calls.script("blob", *args):
+            await self._calls.script("blob", *args, data)
+        return sha256
+
+    async def get_blob(self, sha256: str) -> bytes | None:
+        data: bytes | None = await self._calls.command("GET", self._keys.blob(sha256))
+        return data
+
+    async def put_cached(self, key: str, data: bytes, *, keep_s: float) -> None:
+        await self._calls.script("cached", key, keep_s, data)
+
+    async def get_cached(self, key: str, *, keep_s: float) -> bytes | None:
+        value: bytes | None = await self._calls.script("cached", key, keep_s)
+        return value
+
+    async def publish(self, job_id: str, event: bytes) -> None:
+        await self._calls.command("PUBLISH", self._keys.events(job_id), event)
+
+    async def push_preview(self, task: PreviewTask) -> None:
+        fields = ("job", task.ref.job_id, "index", task.ref.index, "step", task.step, *payload_args(task.payload))
+        try:
+            await self._calls.command("XADD", self._keys.preview, "MAXLEN", self._policy.max_previews, "*", *fields)
+        except BusyError:
+            return  # a preview is the first thing to do without
+
+    async def pop_preview(self) -> PreviewTask | None:
+        entry = await self._calls.script("pop_preview")
+        return None if entry is None else preview_from(entry[1])
+
+    # -- everybody ---------------------------------------------------------------------------------------------------
+
+    async def register(self, worker: WorkerInfo, *, lease_s: float) -> None:
+        await self._calls.script("register", worker.worker_id, lease_s, json.dumps(asdict(worker)))
+
+    async def unregister(self, worker_id: str) -> None:
+        await self._calls.script("unregister", worker_id)
+
+    async def workers(self) -> list[WorkerInfo]:
+        seconds, microseconds = await self._calls.command("TIME")
+        found = await self._calls.command("HVALS", self._keys.workers)
+        now_s = int(seconds) + int(microseconds) / 1e6
+        return [worker for worker, lapses_s in map(worker_from, found) if lapses_s > now_s]
+
+    async def backlog(self) -> dict[str, int]:
+        waiting = await self._calls.command("ZCARD", self._keys.waiting)
+        lengths = {stage.value: await self._calls.command("XLEN", self._keys.stream(stage)) for stage in Stage}
+        return {"waiting": waiting, **lengths}
+
+    async def ping(self) -> None:
+        # Changes nothing, but is refused wherever writes are.
+        await self._calls.command("HDEL", self._keys.meta, "_")
+
+    async def close(self) -> None:
+        await self._events.close()
+        await self._client.aclose()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _views(self, ids: list[bytes]) -> list[JobView]:
+        names = [job_id.decode() for job_id in ids]
+        with redis_errors():
+            async with self._client.pipeline(transaction=False) as pipeline:
+                for name in names:
+                    pipeline.hgetall(self._keys.job(name))
+                hashes = await pipeline.execute()
+        return [job_from(name, fields) for name, fields in zip(names, hashes, strict=True) if fields]
+
+    async def _take(self, stage: Stage, worker_id: str, count: int, in_hand: set[str]) -> tuple[float, list[Delivery]]:
+        lease_ms, deliveries = int(self._policy.lease_s * 1000), self._policy.max_deliveries
+        now, taken = await self._calls.script(
+            "take", stage.value, stage.service, worker_id, count, lease_ms, deliveries, *in_hand
+        )
+        return float(now), taken_by_script(taken)
+
+    async def _wait(
+        self, stage: Stage, worker_id: str, count: int, in_hand: set[str], block_s: float
+    ) -> list[Delivery]:
+        call = ("XREADGROUP", "GROUP", _GROUP, worker_id, "COUNT", count, "BLOCK", max(1, int(block_s * 1000)))
+        try:
+            reply = await self._calls.command(*call, "STREAMS", self._keys.stream(stage), ">")
+        except ResponseError as error:
+            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
+                raise
+            await asyncio.sleep(block_s / 10)  # the next read makes the group again
+            return []
+        # After the group was lost, what is in hand comes once more.
+        return [delivery for delivery in taken_by_read(reply) if delivery.id not in in_hand]
+
+    def _put_down(self, entries: Iterable[Entry]) -> None:
+        ids = {entry.id for entry in entries}
+        for in_hand in self._in_hand.values():
+            in_hand -= ids

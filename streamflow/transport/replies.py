@@ -1,0 +1,98 @@
+"""Between what Redis stores and the values of `base`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from streamflow.transport.base import Entry, ImageRef, JobView, Payload, PreviewTask
+from streamflow.types import Failure, JobState, Stage, WorkerInfo
+
+_PAYLOAD = b"p:"
+
+
+def payload_args(payload: Payload) -> Iterator[str | bytes]:
+    """Names and values for a stream entry; the prefix keeps them apart from our own fields."""
+    for name, value in payload.items():
+        yield _PAYLOAD + name.encode()
+        yield value
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A stream entry as Redis gives it out."""
+
+    id: str
+    attempt: int
+    fields: Mapping[bytes, bytes]
+
+
+def taken_by_script(reply: Iterable[tuple[bytes, int, Sequence[bytes]]]) -> list[Delivery]:
+    return [Delivery(entry_id.decode(), attempt, _pairs(raw)) for entry_id, attempt, raw in reply]
+
+
+def taken_by_read(
+    reply: Sequence[tuple[bytes, Iterable[tuple[bytes, Mapping[bytes, bytes]]]]] | None,
+) -> list[Delivery]:
+    """What XREADGROUP of one stream answers, as redis-py parses it."""
+    return [Delivery(entry_id.decode(), 1, fields) for _, entries in reply or () for entry_id, fields in entries]
+
+
+def entry_from(stage: Stage, delivery: Delivery, *, now_s: float) -> Entry:
+    fields = delivery.fields
+    deadline_at_s = float(fields[b"deadline"])
+    return Entry(
+        id=delivery.id,
+        stage=stage,
+        ref=_ref(fields),
+        payload=_payload(fields),
+        attempt=delivery.attempt,
+        enqueued_at_s=int(delivery.id.split("-")[0]) / 1000,
+        deadline_at_s=deadline_at_s,
+        remaining_s=deadline_at_s - now_s,
+        traceparent=fields[b"trace"].decode(),
+    )
+
+
+def preview_from(raw: Sequence[bytes]) -> PreviewTask:
+    fields = _pairs(raw)
+    return PreviewTask(_ref(fields), int(fields[b"step"]), _payload(fields))
+
+
+def job_from(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
+    failure = None
+    if b"code" in fields:
+        failure = Failure(*(fields[name].decode() for name in (b"code", b"message", b"stage")))
+    warnings = sorted((float(at), name[2:].decode()) for name, at in fields.items() if name.startswith(b"w:"))
+    return JobView(
+        id=job_id,
+        state=JobState(fields[b"state"].decode()),
+        spec=fields[b"spec"],
+        tenant=fields[b"tenant"].decode(),
+        images=tuple(fields[b"i%d" % k].split(b":")[0].decode() for k in range(int(fields[b"images"]))),
+        admitted_at_s=float(fields[b"admitted"]),
+        deadline_at_s=float(fields[b"deadline"]),
+        finished_at_s=float(fields[b"finished"]) if b"finished" in fields else None,
+        failure=failure,
+        warnings=tuple(text for _, text in warnings),
+    )
+
+
+def worker_from(value: bytes) -> tuple[WorkerInfo, float]:
+    """A worker and when its lease lapses."""
+    lapses, info = value.split(b" ", 1)
+    fields = json.loads(info)
+    return WorkerInfo(**{**fields, "stage": Stage(fields["stage"])}), float(lapses)
+
+
+def _pairs(raw: Sequence[bytes]) -> dict[bytes, bytes]:
+    return dict(zip(raw[::2], raw[1::2], strict=True))
+
+
+def _ref(fields: Mapping[bytes, bytes]) -> ImageRef:
+    return ImageRef(fields[b"job"].decode(), int(fields[b"index"]))
+
+
+def _payload(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:
+    return {name[2:].decode(): value for name, value in fields.items() if name.startswith(_PAYLOAD)}

@@ -1,0 +1,169 @@
+-- What the scripts share; put before each of them. A script is atomic, and so is its trace in the append-only file.
+--
+-- An image is in one place, field i<n> of its job: 'waiting', '<stage>:<entry id>', or how it ended. Every hand-over
+-- compares and sets that field, so it happens once whoever comes late. An image that ended has no entry anywhere.
+
+local META, WAITING, UNDER_WAY, OPEN, WATCH, JOBS, ENDED, RESULTS, CACHE, WORKERS, DEAD = unpack(KEYS)
+local C = cjson.decode(ARGV[1])
+local GROUP = 'workers'
+local NOBODY = 'nobody'
+
+local time = redis.call('TIME')
+local NOW = time[1] + time[2] / 1e6
+
+-- A script whose first write is allowed when memory is full may write the rest as well: so admitted work drains.
+local function go_on_when_full()
+  redis.call('HDEL', META, '_')
+end
+
+local function seconds(value)
+  return string.format('%.6f', value)
+end
+
+local function job_key(id)
+  return C.prefix .. 'job:' .. id
+end
+
+local function result_key(id, index)
+  return C.prefix .. 'res:' .. id .. ':' .. index
+end
+
+local function stream_key(stage, revision)
+  return C.prefix .. stage .. (revision ~= '' and ':' .. revision or '')
+end
+
+local function split_ref(ref)
+  return string.match(ref, '^(.*):(%d+)$')
+end
+
+local function wake(id)
+  redis.call('PUBLISH', C.prefix .. 'ev:' .. id, '')
+end
+
+local function place(id, index)
+  return redis.call('HGET', job_key(id), 'i' .. index)
+end
+
+local function is_live(where)
+  return where and (where == 'waiting' or string.find(where, ':', 1, true) ~= nil)
+end
+
+local function discard(stream, entry)
+  redis.call('XACK', stream, GROUP, entry)
+  redis.call('XDEL', stream, entry)
+end
+
+-- Puts an image on a stage's stream, and its place with it. `payload` is a flat list of names and values.
+local function enqueue(id, index, stage, payload)
+  local job = redis.call('HMGET', job_key(id), 'revision', 'deadline', 'trace')
+  local entry = redis.call('XADD', stream_key(stage, job[1]), '*', 'v', 1, 'job', id, 'index', index,
+    'deadline', job[2], 'trace', job[3], unpack(payload))
+  redis.call('HSET', job_key(id), 'i' .. index, stage .. ':' .. entry)
+end
+
+local function live_workers()
+  local workers = {}
+  for _, value in ipairs(redis.call('HVALS', WORKERS)) do
+    local lapses, info = string.match(value, '^(%S+) (.*)$')
+    if tonumber(lapses) > NOW then workers[#workers + 1] = cjson.decode(info) end
+  end
+  return workers
+end
+
+local function window()
+  local slots = 0
+  for _, worker in ipairs(live_workers()) do
+    if worker.stage == 'denoise' and not worker.draining then slots = slots + worker.slots end
+  end
+  return slots > 0 and 2 * slots or C.min_window
+end
+
+-- Lets waiting images into the stages while fewer than a window are under way.
+local function release()
+  if redis.call('ZCARD', WAITING) == 0 then return end
+  local under_way = redis.call('SCARD', UNDER_WAY)
+  -- The rate is measured over busy time only.
+  if under_way == 0 then redis.call('HSET', META, 'last_done', seconds(NOW)) end
+  for _ = 1, window() - under_way do
+    local ref = redis.call('ZPOPMIN', WAITING)[1]
+    if not ref then return end
+    local id, index = split_ref(ref)
+    enqueue(id, index, 'encode', {})
+    redis.call('SADD', UNDER_WAY, ref)
+    redis.call('HSET', job_key(id), 'state', 'running')
+    wake(id)
+  end
+end
+
+-- Takes an image out of wherever it is. Gives back what was reserved beyond the bytes that are stored.
+local function end_image(id, index, state, stored_bytes)
+  local key, ref = job_key(id), id .. ':' .. index
+  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share')
+  local stage, entry = string.match(job[1], '^(%l+):(.+)$')
+  if stage then discard(stream_key(stage, job[2]), entry) end
+  redis.call('ZREM', WAITING, ref)
+  redis.call('SREM', UNDER_WAY, ref)
+  redis.call('HSET', key, 'i' .. index, state)
+  redis.call('HINCRBY', META, 'reserved', (stored_bytes or 0) - job[3])
+  return redis.call('HINCRBY', key, 'left', -1)
+end
+
+local function keep_result(id, index, keep_s)
+  redis.call('PEXPIRE', result_key(id, index), math.ceil(keep_s * 1000))
+  redis.call('ZADD', RESULTS, NOW + keep_s, id .. ':' .. index)
+end
+
+local function free_result(ref)
+  local id, index = split_ref(ref)
+  redis.call('DEL', result_key(id, index))
+  redis.call('HINCRBY', META, 'reserved', -(redis.call('HGET', job_key(id), 'b' .. index) or 0))
+  redis.call('HDEL', job_key(id), 'b' .. index)
+  redis.call('ZREM', RESULTS, ref)
+end
+
+-- Makes a job terminal: what is left of it becomes `rest`, results get their expiry.
+local function end_job(id, state, rest, failure)
+  local key = job_key(id)
+  for index = 0, redis.call('HGET', key, 'images') - 1 do
+    local where = place(id, index)
+    if is_live(where) then end_image(id, index, rest) end
+    if where == 'done' then keep_result(id, index, C.result_s) end
+  end
+  redis.call('HSET', key, 'state', state, 'finished', seconds(NOW))
+  if failure then
+    redis.call('HSET', key, 'code', failure[1], 'message', failure[2], 'stage', failure[3])
+  end
+  redis.call('ZREM', OPEN, id)
+  redis.call('ZREM', WATCH, id)
+  redis.call('ZADD', ENDED, NOW + C.tombstone_s, id)
+  wake(id)
+  release()
+end
+
+-- Cached values that expired go, and then those that will expire first until the rest fits.
+local function evict_cached()
+  local bytes = tonumber(redis.call('HGET', META, 'cached_bytes') or 0)
+  local count = 0
+  while true do
+    local first = redis.call('ZRANGE', CACHE, 0, 0, 'WITHSCORES')
+    if not first[1] or (tonumber(first[2]) > NOW and bytes <= C.max_cached_bytes) then break end
+    local name = C.prefix .. 'cached:' .. first[1]
+    bytes = bytes - redis.call('STRLEN', name)
+    redis.call('DEL', name)
+    redis.call('ZREM', CACHE, first[1])
+    count = count + 1
+  end
+  if count > 0 then redis.call('HSET', META, 'cached_bytes', bytes) end
+  return count
+end
+
+-- A consumer may be deleted only when nothing is pending for it: deleting erases what is.
+local function forget_worker(worker)
+  local value = redis.call('HGET', WORKERS, worker)
+  if not value then return end
+  redis.call('HDEL', WORKERS, worker)
+  local stream = stream_key(cjson.decode(string.match(value, '^%S+ (.*)$')).stage, C.revision)
+  local pending = redis.pcall('XPENDING', stream, GROUP, '-', '+', 1, worker)
+  if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker) end
+end
+

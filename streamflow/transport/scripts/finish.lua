@@ -1,0 +1,28 @@
+-- job, index, stage, entry, then the result, or code, message and service of a failure -> 0 or 1
+local _, id, index, stage, entry, result, message, service = unpack(ARGV)
+go_on_when_full()
+if place(id, index) ~= stage .. ':' .. entry then
+  discard(stream_key(stage, C.revision), entry)
+  return 0
+end
+if message then
+  end_image(id, index, 'error')
+  end_job(id, 'error', 'cancelled', {result, message, service})
+  return 1
+end
+redis.call('SET', result_key(id, index), result)
+redis.call('HSET', job_key(id), 'b' .. index, #result)
+local left = end_image(id, index, 'done', #result)
+
+-- A moving average of the busy time between two finished images.
+local rate = redis.call('HMGET', META, 'last_done', 'gap')
+local gap = NOW - (rate[1] or NOW)
+redis.call('HSET', META, 'last_done', seconds(NOW), 'gap', seconds(rate[2] and 0.9 * rate[2] + 0.1 * gap or gap))
+
+if left == 0 then
+  end_job(id, 'images', 'cancelled')
+else
+  wake(id)
+  release()
+end
+return 1

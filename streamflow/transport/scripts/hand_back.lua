@@ -1,0 +1,21 @@
+-- stage, worker, whether the attempt counts (0, 1), entries ...; without entries all that the worker has -> how many
+local _, stage, worker, counts = unpack(ARGV)
+local stream = stream_key(stage, C.revision)
+local LONG_AGO_MS = 24 * 3600 * 1000
+local handed_back = 0
+go_on_when_full()
+
+local function hand_back(pending)
+  for _, item in ipairs(pending.err and {} or pending) do
+    if item[2] == worker then
+      -- A consumer of nobody's, so that this worker does not take it for a delivery whose reply was lost.
+      redis.call('XCLAIM', stream, GROUP, NOBODY, 0, item[1], 'IDLE', LONG_AGO_MS,
+        'RETRYCOUNT', item[4] - (counts == '1' and 0 or 1), 'JUSTID')
+      handed_back = handed_back + 1
+    end
+  end
+end
+
+if #ARGV == 4 then hand_back(redis.pcall('XPENDING', stream, GROUP, '-', '+', 100000, worker)) end
+for i = 5, #ARGV do hand_back(redis.pcall('XPENDING', stream, GROUP, ARGV[i], ARGV[i], 1)) end
+return handed_back

@@ -1,0 +1,43 @@
+-- most jobs to end in one call -> how many things were touched
+local limit = ARGV[2]
+local touched = 0
+go_on_when_full()
+
+local function due(key, what)
+  for _, member in ipairs(redis.call('ZRANGEBYSCORE', key, '-inf', NOW, 'LIMIT', 0, limit)) do
+    what(member)
+    touched = touched + 1
+  end
+end
+
+due(OPEN, function(id)
+  end_job(id, 'deadline', 'deadline', {'DEADLINE_EXCEEDED', 'the deadline passed before every image was finished', ''})
+end)
+
+-- While nobody reaped, nobody could renew either.
+local last = tonumber(redis.call('HGET', META, 'reaped') or NOW)
+if NOW - last > C.reap_gap_s then redis.call('HSET', META, 'watch_grace', seconds(NOW + C.watch_grace_s)) end
+redis.call('HSET', META, 'reaped', seconds(NOW))
+if NOW >= tonumber(redis.call('HGET', META, 'watch_grace') or 0) then
+  due(WATCH, function(id)
+    end_job(id, 'cancelled', 'cancelled', {'CANCELLED', 'nobody watched the job any more', ''})
+  end)
+end
+
+due(RESULTS, free_result)
+due(ENDED, function(id)
+  redis.call('DEL', job_key(id))
+  redis.call('ZREM', JOBS, id)
+  redis.call('ZREM', ENDED, id)
+end)
+local workers = redis.call('HGETALL', WORKERS)
+for i = 1, #workers, 2 do
+  if string.match(workers[i + 1], '^%S+') + C.dead_worker_s < NOW then
+    forget_worker(workers[i])
+    touched = touched + 1
+  end
+end
+touched = touched + evict_cached()
+redis.call('XTRIM', DEAD, 'MINID', math.floor((NOW - C.dead_entries_s) * 1000))
+release()
+return touched

@@ -1,0 +1,70 @@
+-- stage, service, worker, count, lease_ms, max_deliveries, entry ids in hand ... -> {now, {id, attempt, fields} ...}
+local _, stage, service, worker, count, lease_ms, max_deliveries = unpack(ARGV)
+local stream = stream_key(stage, C.revision)
+count, max_deliveries = tonumber(count), tonumber(max_deliveries)
+local in_hand, num_in_hand = {}, #ARGV - 7
+for i = 8, #ARGV do in_hand[ARGV[i]] = true end
+
+go_on_when_full()
+release()
+
+local function pending(...)
+  local reply = redis.pcall('XPENDING', stream, GROUP, ...)
+  if not reply.err then return reply end
+  if not string.find(reply.err, 'NOGROUP', 1, true) then error(reply.err) end
+  -- From 0, so that nothing that is in the stream is left out.
+  redis.call('XGROUP', 'CREATE', stream, GROUP, 0, 'MKSTREAM')
+  return {}
+end
+
+-- What is ours without our knowing, because a reply was lost, and what nobody beat for a lease.
+local candidates = {}
+for _, item in ipairs(pending('-', '+', num_in_hand + count, worker)) do
+  if not in_hand[item[1]] then candidates[#candidates + 1] = item end
+end
+for _, item in ipairs(pending('IDLE', lease_ms, '-', '+', num_in_hand + count)) do
+  if item[2] ~= worker then candidates[#candidates + 1] = item end
+end
+
+-- The fields of an entry that is still its image's place; others are acknowledged here.
+local function current(id)
+  local entry = redis.call('XRANGE', stream, id, id)[1]
+  if entry then
+    local fields = {}
+    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
+    if place(fields.job, fields.index) == stage .. ':' .. id then return entry[2], fields end
+  end
+  discard(stream, id)
+end
+
+local function give_up(id, fields, deliveries)
+  local message = 'the ' .. service .. ' did not finish this image in ' .. deliveries .. ' attempts'
+  redis.call('XADD', DEAD, '*', 'job', fields.job, 'index', fields.index, 'stage', service, 'entry', id,
+    'deliveries', deliveries, 'reason', message)
+  end_image(fields.job, fields.index, 'error')
+  end_job(fields.job, 'error', 'cancelled', {'INTERNAL', message, service})
+end
+
+local taken = {}
+for _, item in ipairs(candidates) do
+  local id, deliveries = item[1], item[4]
+  local raw, fields = current(id)
+  if raw and deliveries >= max_deliveries then
+    give_up(id, fields, deliveries)
+  elseif raw and #taken < count and (deliveries == 0 or #taken == 0) then
+    redis.call('XCLAIM', stream, GROUP, worker, 0, id)
+    taken[#taken + 1] = {id, deliveries + 1, raw}
+    -- What may have ended a worker is given out alone.
+    if deliveries > 0 then return {seconds(NOW), taken} end
+  end
+end
+
+if #taken < count then
+  local reply = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count - #taken, 'STREAMS', stream, '>')
+  for _, entry in ipairs(reply and reply[1][2] or {}) do
+    -- After the group was lost, what is in hand comes once more.
+    local raw = not in_hand[entry[1]] and current(entry[1])
+    if raw then taken[#taken + 1] = {entry[1], 1, raw} end
+  end
+end
+return {seconds(NOW), taken}

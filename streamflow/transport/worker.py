@@ -1,0 +1,350 @@
+"""The loop that every stage runs: read what there is room for, work on it, hand it on; give up nothing silently."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
+from streamflow.transport.base import Entry, Payload, Transport
+from streamflow.types import Failure, JobState, Stage, WorkerInfo
+
+log = logging.getLogger(__name__)
+
+_BLOCK_S = 1.0
+_TRANSIENT = (UnavailableError, BusyError)
+
+
+@dataclass(frozen=True, slots=True)
+class Advance:
+    """The image goes on to another stage, with what that stage needs to know."""
+
+    to: Stage
+    payload: Payload
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The image is done, or failed for good."""
+
+    result: bytes | Failure
+
+
+Outcome = Advance | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class _HandBack:
+    """Not now, or not by us: the entry goes to whoever reads next."""
+
+    count_attempt: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """The job ended while we worked on it."""
+
+    state: JobState
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """What became of the entries that were in hand when the drain began."""
+
+    finished: int
+    handed_back: int
+
+
+class EntryContext:
+    """One entry in hand, as its handler sees it. Belongs to the event loop: other threads call it through the loop."""
+
+    def __init__(self, entry: Entry, *, progress_timeout_s: float) -> None:
+        self.entry = entry
+        self._progress_timeout_s = progress_timeout_s
+        self._deadline = asyncio.get_running_loop().time() + entry.remaining_s
+        self._limit: asyncio.Timeout | None = None
+
+    def progress(self) -> None:
+        """Says that the work goes on; without it the handler is stopped after the worker's `progress_timeout_s`."""
+        if self._limit is not None and not self._limit.expired():
+            self._limit.reschedule(self._next_limit())
+
+    @property
+    def past_deadline(self) -> bool:
+        return asyncio.get_running_loop().time() >= self._deadline
+
+    async def run(self, handle: Handler) -> Outcome:
+        """Raises _OutOfTimeError when there was no progress for too long, or when the deadline passed."""
+        try:
+            async with asyncio.timeout_at(self._next_limit()) as limit:
+                self._limit = limit
+                return await handle(self)
+        except Exception as error:
+            if limit.expired():
+                raise _OutOfTimeError from error
+            raise
+        finally:
+            self._limit = None
+
+    def _next_limit(self) -> float:
+        return min(self._deadline, asyncio.get_running_loop().time() + self._progress_timeout_s)
+
+
+class _OutOfTimeError(Exception):
+    pass
+
+
+Handler = Callable[[EntryContext], Awaitable[Outcome]]
+
+
+class Backoff:
+    """Longer and longer pauses while something fails; none after a success."""
+
+    def __init__(self, *, base_s: float = 0.1, cap_s: float = 5.0) -> None:
+        self._base_s, self._cap_s = base_s, cap_s
+        self.failures = 0
+
+    def next_s(self) -> float:
+        if not self.failures:
+            return 0.0
+        # Jitter, so that workers which failed together do not return together.
+        return min(self._cap_s, self._base_s * 2.0 ** min(self.failures - 1, 16)) * random.uniform(0.5, 1.0)
+
+
+class StageWorker:
+    """Runs a stage's handler on the entries of its stream.
+
+    What a handler raises decides: a StreamFlowError fails the job with its code, except that UnavailableError and
+    BusyError hand the entry back; DeadlineError and JobCancelledError end the job so. Any other exception is logged,
+    and the entry handed back with its attempt counted, until the transport gives it up.
+
+    Args:
+        transport: carries the work.
+        stage: whose stream to read.
+        handle: works on one entry; called concurrently, at most `capacity` at once, and cancelled when the entry is
+            no longer ours or its job ended.
+        info: what the registry shall say of this worker; its id, `slots_in_use` and `draining` are filled in here.
+        capacity: entries to hold at once.
+        progress_timeout_s: a handler that reports no progress for so long is stopped, and its attempt counted.
+        register_every_s: the registry's lease is three times this.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        stage: Stage,
+        handle: Handler,
+        *,
+        info: Callable[[], WorkerInfo],
+        capacity: int,
+        progress_timeout_s: float = 60.0,
+        register_every_s: float = 5.0,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: got {capacity}; allowed: 1 or more")
+        self._transport = transport
+        self._stage = stage
+        self._handle = handle
+        self._info = info
+        self._worker_id = info().worker_id
+        self._capacity = capacity
+        self._progress_timeout_s = progress_timeout_s
+        self._register_every_s = register_every_s
+        self._in_hand: dict[str, tuple[EntryContext, asyncio.Task[None]]] = {}
+        self._changed = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._grace_s = 0.0
+        self._read_backoff, self._work_backoff = Backoff(), Backoff()
+        self.counters: Counter[str] = Counter()
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._stopped.is_set() else "draining" if self.draining else "reading"
+        return f"StageWorker({self._stage.service} {self._worker_id}, {state}, {self.in_hand}/{self._capacity} in hand)"
+
+    @property
+    def in_hand(self) -> int:
+        return len(self._in_hand)
+
+    @property
+    def draining(self) -> bool:
+        return self._draining.is_set()
+
+    async def run(self) -> None:
+        """Works until `drain` or cancellation; either way nothing stays behind in this worker's name."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [
+                    tasks.create_task(self._keep_registered(), name=f"register {self._worker_id}"),
+                    tasks.create_task(self._keep_leases(), name=f"heartbeat {self._worker_id}"),
+                ]
+                await self._read_until_drained(tasks)
+                await self._wait_for_the_rest()
+                for task in (*background, *(task for _, task in self._in_hand.values())):
+                    task.cancel()
+        finally:
+            await self._leave()
+            self._stopped.set()
+
+    async def drain(self, grace_s: float) -> DrainReport:
+        """Stops reading, waits up to `grace_s` for what is in hand, hands the rest back; `run` ends."""
+        before = self.counters.copy()
+        if not self.draining:
+            self._grace_s = grace_s
+            self._draining.set()
+            self._changed.set()
+        await self._stopped.wait()
+        since = self.counters - before
+        return DrainReport(since["ended_total"], since["handed_back_total"])
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    async def _read_until_drained(self, tasks: asyncio.TaskGroup) -> None:
+        while not self.draining:
+            # Cleared before the look, so that a change after it is not missed.
+            self._changed.clear()
+            free = self._free()
+            if free == 0:
+                await self._changed.wait()
+                continue
+            await self._pause(max(self._read_backoff.next_s(), self._work_backoff.next_s()))
+            try:
+                entries = await self._transport.read(self._stage, self._worker_id, free, block_s=_BLOCK_S)
+            except _TRANSIENT as error:
+                self._read_backoff.failures += 1
+                log.warning("%s: nothing can be read: %s", self._stage.service, error)
+            else:
+                self._read_backoff.failures = 0
+                for entry in entries:
+                    self._start(tasks, entry)
+
+    def _free(self) -> int:
+        # An entry that may have ended a worker before must not take its neighbours with it.
+        alone = any(context.entry.attempt > 1 for context, _ in self._in_hand.values())
+        return 0 if alone else self._capacity - len(self._in_hand)
+
+    def _start(self, tasks: asyncio.TaskGroup, entry: Entry) -> None:
+        context = EntryContext(entry, progress_timeout_s=self._progress_timeout_s)
+        task = tasks.create_task(self._work(context), name=f"{self._stage} {entry.ref} attempt {entry.attempt}")
+        self._in_hand[entry.id] = context, task
+        task.add_done_callback(lambda _: self._put_down(entry.id))
+
+    def _put_down(self, entry_id: str) -> None:
+        del self._in_hand[entry_id]
+        self._changed.set()
+
+    # -- one entry ---------------------------------------------------------------------------------------------------
+
+    async def _work(self, context: EntryContext) -> None:
+        outcome = await self._outcome(context)
+        try:
+            await self._settle(context.entry, outcome)
+        except Exception:
+            log.exception("%s: the outcome of %s cannot be stored", self._stage.service, context.entry.ref)
+            await self._settle(context.entry, _HandBack(count_attempt=True))
+
+    async def _outcome(self, context: EntryContext) -> Outcome | _HandBack | _End:
+        entry, service = context.entry, self._stage.service
+        try:
+            return await context.run(self._handle)
+        except _OutOfTimeError:
+            if context.past_deadline:
+                return _End(JobState.DEADLINE, Failure(DeadlineError.code, "the deadline passed", service))
+            log.error("%s: no progress on %s for %.1f s", service, entry.ref, self._progress_timeout_s)
+            return _HandBack(count_attempt=True)
+        except _TRANSIENT as error:
+            self._work_backoff.failures += 1
+            log.warning("%s: %s is handed back: %s", service, entry.ref, error)
+            return _HandBack(count_attempt=False)
+        except DeadlineError as error:
+            return _End(JobState.DEADLINE, Failure(error.code, str(error), service))
+        except JobCancelledError as error:
+            return _End(JobState.CANCELLED, Failure(error.code, str(error), service))
+        except StreamFlowError as error:
+            return Finish(Failure(error.code, str(error), service))
+        except Exception:
+            log.exception("%s: attempt %d on %s failed", service, entry.attempt, entry.ref)
+            return _HandBack(count_attempt=True)
+
+    async def _settle(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> None:
+        """Stores an outcome, however long Redis is away: the work is done, and the lease is kept meanwhile."""
+        backoff = Backoff()
+        while True:
+            try:
+                await self._store(entry, outcome)
+                return
+            except _TRANSIENT as error:
+                log.warning("%s: the outcome of %s waits: %s", self._stage.service, entry.ref, error)
+                backoff.failures += 1
+                await asyncio.sleep(backoff.next_s())
+
+    async def _store(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> None:
+        in_time = True
+        match outcome:
+            case Advance(to, payload, warnings):
+                in_time = await self._transport.advance(entry, to, payload, warnings=warnings)
+            case Finish(result):
+                in_time = await self._transport.finish(entry, result)
+            case _End(state, failure):
+                in_time = await self._transport.cancel(entry.ref.job_id, state=state, failure=failure)
+            case _HandBack(count_attempt):
+                await self._transport.hand_back(self._stage, self._worker_id, [entry], count_attempt=count_attempt)
+                self.counters["handed_back_total"] += 1
+                return
+        self._work_backoff.failures = 0
+        self.counters["ended_total" if in_time else "late_total"] += 1
+
+    # -- beside the work ---------------------------------------------------------------------------------------------
+
+    async def _keep_leases(self) -> None:
+        while True:
+            await asyncio.sleep(self._transport.lease_s / 4)
+            entries = [context.entry for context, _ in self._in_hand.values()]
+            if not entries:
+                continue
+            try:
+                beat = await self._transport.heartbeat(self._stage, self._worker_id, entries)
+            except _TRANSIENT as error:
+                log.warning("%s: no heartbeat: %s", self._stage.service, error)
+                continue
+            for entry_id in beat.lost | beat.cancelled:
+                if entry_id in self._in_hand:
+                    self._in_hand[entry_id][1].cancel()
+            self.counters["lost_total"] += len(beat.lost)
+            self.counters["cancelled_total"] += len(beat.cancelled)
+
+    async def _keep_registered(self) -> None:
+        while True:
+            info = replace(self._info(), slots_in_use=self.in_hand, draining=self.draining)
+            try:
+                await self._transport.register(info, lease_s=3 * self._register_every_s)
+            except _TRANSIENT as error:
+                log.warning("%s: not registered: %s", self._stage.service, error)
+            await asyncio.sleep(self._register_every_s)
+
+    async def _pause(self, seconds: float) -> None:
+        """Ends early when the drain begins."""
+        if seconds:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._draining.wait()
+
+    async def _wait_for_the_rest(self) -> None:
+        tasks = [task for _, task in self._in_hand.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=self._grace_s)
+
+    async def _leave(self) -> None:
+        try:
+            rest = await self._transport.hand_back(self._stage, self._worker_id, None, count_attempt=False)
+            self.counters["handed_back_total"] += rest
+            await self._transport.unregister(self._worker_id)
+        except _TRANSIENT as error:
+            log.warning("%s: others take over when the leases lapse: %s", self._stage.service, error)

@@ -1,0 +1,24 @@
+"""`streamflow up` with services that do nothing; prints the ids of its processes as one line of JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from streamflow.cli import up
+from streamflow.cli.supervisor import SERVICES, LocalDeployment
+
+LIGHT = {kind: (sys.executable, "-m", "tests.cli.light_service", kind) for kind in SERVICES}
+
+
+class Announcing(LocalDeployment):
+    async def __aenter__(self) -> Announcing:
+        await super().__aenter__()
+        print(json.dumps({name: process.pid for name, process in self.processes.items()}), flush=True)
+        return self
+
+
+if __name__ == "__main__":
+    asyncio.run(up._serve(Announcing(model=Path(__file__).parent, commands=LIGHT, grace_s=5)))

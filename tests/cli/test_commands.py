@@ -1,0 +1,164 @@
+"""The commands against a real gateway."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from streamflow.cli.app import app
+from streamflow.client import Client
+from streamflow.types import JobState
+from tests.client.deployment import Deployment
+
+COMMANDS = ("up", "generate", "status", "models", "jobs", "cancel")
+
+
+@pytest.fixture
+def deployment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Deployment]:
+    with Deployment() as deployment:
+        monkeypatch.setenv("STREAMFLOW_ADDRESS", deployment.address)
+        monkeypatch.chdir(tmp_path)
+        yield deployment
+
+
+def opened(path: str | Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_by_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    examples = result.output.split("Examples:")[1].split("\n\n")[0]
+    assert f"streamflow {command}" in examples
+
+
+def test_the_help_lists_every_command() -> None:
+    listed = run("--help").output
+    assert all(f"\n  {command} " in listed for command in COMMANDS)
+
+
+def test_generate_writes_the_picture(deployment: Deployment) -> None:
+    result = run("generate", "a red circle", "-o", "circle.png", "--seed", "7", "--width", "32", "--height", "40")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "circle.png  (seed 7)\n"
+    assert opened("circle.png").size == (32, 40)
+
+
+def test_the_format_follows_from_the_file(deployment: Deployment) -> None:
+    assert run("generate", "a red circle", "-o", "circle.webp").exit_code == 0
+    assert opened("circle.webp").format == "WEBP"
+    assert run("generate", "a red circle", "-o", "circle.jpg", "--format", "png").exit_code == 0
+    assert opened("circle.jpg").format == "PNG"
+
+
+def test_several_prompts_a_pattern_and_json(deployment: Deployment) -> None:
+    result = run("generate", "a ring", "a star", "-n", "2", "-o", "out/{index}-{seed}.png", "--seed", "5", "--json")
+    assert result.exit_code == 0, result.output
+    about = json.loads(result.stdout)
+    assert [image["path"] for image in about["images"]] == [f"out/{k}-{5 + k}.png" for k in range(4)]
+    assert all(Path(image["path"]).is_file() for image in about["images"])
+    assert about["seed"] == 5
+    assert about["timings"]["decode_ms"] == 4
+
+
+def test_a_file_named_in_full_is_replaced_and_a_made_name_is_not(deployment: Deployment) -> None:
+    Path("a.png").write_text("old")
+    Path("b-0.png").write_text("old")
+    assert run("generate", "a ring", "-o", "a.png").exit_code == 0
+    assert opened("a.png").size == (64, 64)
+    refused = run("generate", "a ring", "-n", "2", "-o", "b.png")
+    assert refused.exit_code == 2
+    assert "b-0.png exists" in refused.stderr
+    assert deployment.worker.painted == [f"{_jobs(deployment)[0]}:0"]
+    assert run("generate", "a ring", "-n", "2", "-o", "b.png", "--overwrite").exit_code == 0
+    assert opened("b-0.png").size == (64, 64)
+
+
+def test_previews_are_written_beside(tmp_path: Path) -> None:
+    with Deployment(permits=0) as deployment:
+        # Previews are lossy: they are made only once the command watches.
+        command = [sys.executable, "-m", "streamflow.cli", "generate", "a ring", "--preview", "2"]
+        command += ["-o", str(tmp_path / "ring.png")]
+        with subprocess.Popen([*command, "--steps", "4", "--address", deployment.address]) as process:
+            deployment.wait_for_watcher()
+            deployment.allow(1)
+            assert process.wait(30) == 0
+    assert opened(tmp_path / "ring.png").size == (64, 64)
+    assert {path.name for path in tmp_path.iterdir()} == {"ring.png", "ring-step02.jpg", "ring-step04.jpg"}
+
+
+def test_img2img(deployment: Deployment) -> None:
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    result = run("generate", "a ring", "--init-image", "red.png", "--strength", "0.5", "-o", "ring.png")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["generate", "a ring", "--steps", "0"], 1, "steps"),
+        (["generate", "a ring", "--init-image", "nowhere.png"], 1, "nowhere.png"),
+        (["generate", "a ring", "-o", "/proc/nowhere/a.png"], 1, "/proc/nowhere"),
+        (["generate", "a ring", "-o", "{prompt}.png"], 2, "{index}"),
+        (["generate"], 2, "PROMPT"),
+        (["cancel", "nobody"], 1, "no job 'nobody'"),
+        (["up", "--model", "/nowhere"], 1, "/nowhere"),
+        (["jobs", "--limit", "0"], 2, "--limit"),
+        (["models", "--tls-ca", "/nowhere.pem"], 1, "/nowhere.pem"),
+    ],
+)
+def test_errors_are_one_line(deployment: Deployment, arguments: list[str], code: int, says: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == code
+    last = result.stderr.strip().splitlines()[-1]
+    assert says in last
+    if code == 1:
+        assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_the_program_exits_likewise(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "streamflow.cli", "status", "--address", "127.0.0.1:1"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("streamflow: 127.0.0.1:1: no StreamFlow gateway answers")
+    assert answer.stderr.count("\n") == 1
+
+
+def test_status_models_and_jobs(deployment: Deployment) -> None:
+    for command, word in (("status", "denoiser-a"), ("models", "euler")):
+        assert word in run(command).output
+    (stage,) = json.loads(run("status", "--json").output)["stages"]
+    assert (stage["slots_in_use"], stage["slots"]) == (3, 8)
+    assert json.loads(run("models", "--json").output)[0]["name"] == "shapes"
+    assert run("generate", "a ring", "--seed", "9").exit_code == 0
+    (job,) = json.loads(run("jobs", "--json").output)
+    assert (job["state"], job["seed"], job["num_finished"]) == ("images", 9, 1)
+    assert "images" in run("jobs").output
+
+
+def test_cancel_ends_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Deployment(permits=0) as deployment, Client(deployment.address) as client:
+        client.submit("a ring", request_id="mine")
+        result = run("cancel", "mine", "--address", deployment.address)
+        assert result.output == "mine: cancelled\n"
+        assert deployment.state("mine") is JobState.CANCELLED
+
+
+def _jobs(deployment: Deployment) -> list[str]:
+    with Client(deployment.address) as client:
+        return [job.request_id for job in client.jobs()]

@@ -1,0 +1,195 @@
+"""Local deployments: real processes and a real Redis, with services that do nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from streamflow.cli.supervisor import LocalDeployment, serving
+from streamflow.errors import InvalidRequestError, NotFoundError, StreamFlowError, UnavailableError
+from tests.cli.light_up import LIGHT
+
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
+
+
+def alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    give_up_s = time.monotonic() + 20
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() < give_up_s, f"still there: {[pid for pid in pids if alive(pid)]}"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def lines() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+async def deployment(lines: list[tuple[str, str]]) -> AsyncIterator[LocalDeployment]:
+    def on_line(name: str, line: str) -> None:
+        lines.append((name, line))
+
+    async with LocalDeployment(
+        model=HERE, slots=3, deterministic=True, commands=LIGHT, on_line=on_line, grace_s=5
+    ) as deployment:
+        yield deployment
+
+
+async def test_a_deployment_starts_is_mended_grows_and_stops(
+    deployment: LocalDeployment, lines: list[tuple[str, str]]
+) -> None:
+    assert set(deployment.processes) == {"redis", "gateway", "encoder-1", "denoiser-1", "decoder-1"}
+    await serving(deployment.address, "streamflow.v1.Gateway")
+    assert ("denoiser-1", "slots 3 deterministic True") in lines
+    assert ("decoder-1", "slots 0 deterministic True") in lines
+
+    # A crash is mended, at the same address.
+    old = deployment.processes["encoder-1"].pid
+    await deployment.kill("encoder-1")
+    assert not alive(old)
+    await deployment.wait_ready("encoder-1")
+    assert alive(deployment.processes["encoder-1"].pid)
+    assert deployment.processes["encoder-1"].restarts == 1
+
+    # So is one of Redis, and it keeps what it had.
+    with redis.Redis.from_url(deployment.redis_url) as store:
+        store.set("kept", "yes")
+    await deployment.kill("redis")
+    await deployment.wait_ready("redis")
+    with redis.Redis.from_url(deployment.redis_url) as store:
+        assert store.get("kept") == b"yes"
+
+    # A restart is orderly, and ready when it returns.
+    old = deployment.processes["gateway"].pid
+    await deployment.restart("gateway")
+    assert ("gateway", "stopping") in lines
+    assert deployment.processes["gateway"].pid != old
+    assert not alive(old)
+
+    # Replicas come and go.
+    assert await deployment.add("decoder") == "decoder-2"
+    pid = deployment.processes["decoder-2"].pid
+    assert deployment.addresses["decoder-2"] != deployment.addresses["decoder-1"]
+    await deployment.remove("decoder-2")
+    assert not alive(pid)
+    assert "decoder-2" not in deployment.processes
+    with pytest.raises(NotFoundError, match="gateway"):
+        await deployment.kill("decoder-2")
+    with pytest.raises(InvalidRequestError):
+        await deployment.add("gateway")
+
+
+async def test_the_stop_is_in_order_and_leaves_nothing(tmp_path: Path) -> None:
+    said: list[tuple[str, str]] = []
+    async with LocalDeployment(
+        model=HERE, commands=LIGHT, log_dir=tmp_path, on_line=lambda *line: said.append(line)
+    ) as deployment:
+        pids = [process.pid for process in deployment.processes.values()]
+        said.clear()
+    assert said[0][0] == "gateway"
+    assert {name for name, line in said if line == "stopping"} == {"gateway", "encoder-1", "denoiser-1", "decoder-1"}
+    assert not any(alive(pid) for pid in pids)
+    assert (tmp_path / "gateway.log").read_text().splitlines()[-1] == "stopping"
+
+
+async def test_the_callers_own_error_comes_out_as_it_is() -> None:
+    deployment = LocalDeployment(model=HERE, commands=LIGHT, encoders=0, denoisers=0, decoders=0)
+    pids: list[int] = []
+
+    async def fail() -> None:
+        async with deployment:
+            pids.extend(process.pid for process in deployment.processes.values())
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        await fail()
+    assert len(pids) == 2
+    assert not any(alive(pid) for pid in pids)
+
+
+async def test_a_process_that_cannot_start_is_told_with_its_last_words() -> None:
+    broken = (sys.executable, "-c", "import sys; sys.exit('no such checkpoint')")
+    started: list[psutil.Process] = []
+    with pytest.raises(UnavailableError, match="denoiser-1 ended with exit code 1:\nno such checkpoint"):
+        async with LocalDeployment(model=HERE, commands={**LIGHT, "denoiser": broken}):
+            pytest.fail("it must not be entered")
+    started = psutil.Process().children(recursive=True)
+    assert not [child for child in started if "light_service" in " ".join(child.cmdline())]
+
+
+async def test_a_process_that_never_gets_ready_is_given_up() -> None:
+    silent = (sys.executable, "-c", "import time; print('loading', flush=True); time.sleep(600)")
+    with pytest.raises(UnavailableError, match="decoder-1 is not ready after 3 s"):
+        async with LocalDeployment(
+            model=HERE, commands={**LIGHT, "decoder": silent}, encoders=0, denoisers=0, ready_timeout_s=3
+        ):
+            pytest.fail("it must not be entered")
+
+
+def test_a_model_that_is_not_there_is_told_at_once() -> None:
+    with pytest.raises(StreamFlowError, match="/nowhere"):
+        LocalDeployment(model="/nowhere")
+
+
+@pytest.fixture
+def running() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """`streamflow up` as a process of its own, and the ids of its children."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.light_up"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, process.communicate()[1]
+        yield process, list(json.loads(line).values())
+        process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_stops_on_a_signal(running: tuple[subprocess.Popen[str], list[int]], number: signal.Signals) -> None:
+    process, pids = running
+    assert all(alive(pid) for pid in pids)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "StreamFlow is ready" in output
+    assert "streamflow generate" in output
+    assert errors.endswith("stopped\n")
+    assert not any(alive(pid) for pid in pids)
+
+
+def test_children_die_with_a_supervisor_that_is_killed(running: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, pids = running
+    os.kill(process.pid, signal.SIGKILL)
+    wait_until_gone(pids)
+
+
+async def test_waiting_for_an_exit_leaves_no_descriptor_open() -> None:
+    before = psutil.Process().num_fds()
+    async with LocalDeployment(model=HERE, commands=LIGHT, encoders=0, denoisers=0, decoders=0) as deployment:
+        for _ in range(2):
+            await deployment.kill("gateway")
+            await deployment.wait_ready("gateway")
+    await asyncio.sleep(0)
+    assert psutil.Process().num_fds() <= before + 1

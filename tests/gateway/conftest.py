@@ -1,0 +1,198 @@
+"""Gateways on loopback over a real transport, and a worker that makes real (if plain) pictures."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc.aio
+import numpy as np
+import pytest
+from PIL import Image
+
+from gateway.pipeline import Pipeline
+from gateway.servicer import GatewayServicer
+from gateway.upkeep import keep_up
+from streamflow.config import GatewaySettings
+from streamflow.rpc import convert
+from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.channels import Target, open_aio_channel
+from streamflow.rpc.server import RpcServer, Service
+from streamflow.telemetry import Counters
+from streamflow.transport.base import Entry, Limits, Transport
+from streamflow.transport.embedded import EmbeddedRedis
+from streamflow.transport.memory import MemoryTransport
+from streamflow.transport.redis_streams import RedisTransport
+from streamflow.types import DecoderKind, Failure, ModelCard, Stage
+from streamflow.v1 import gateway_pb2_grpc, types_pb2
+
+NAME = "streamflow.v1.Gateway"
+KEYS = "key-alice alice\nkey-bob bob\n"
+
+CARD = ModelCard(
+    name="shapes",
+    family="sd",
+    revision="r1",
+    default_width=64,
+    default_height=64,
+    size_multiple=8,
+    max_width=1024,
+    max_height=1024,
+    default_steps=4,
+    max_steps=50,
+    default_guidance_scale=3.0,
+    default_sampler="euler",
+    samplers=("euler",),
+    decoders=(DecoderKind.TINY,),
+    default_decoder=DecoderKind.TINY,
+    max_prompt_tokens=32,
+    latent_channels=4,
+    latent_factor=8,
+)
+
+
+@dataclass
+class Worker:
+    """All three stages: noise of the image's own seed, as a PNG; or what `fail` says instead.
+
+    While `gate` is closed, images stay in the denoiser.
+    """
+
+    transport: Transport
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    fail: dict[int, Failure] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    entries: list[Entry] = field(default_factory=list)
+    specs: list[types_pb2.JobSpec] = field(default_factory=list)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for stage in Stage:
+                tasks.create_task(self._loop(stage), name=f"worker {stage}")
+
+    async def _loop(self, stage: Stage) -> None:
+        while True:
+            for entry in await self.transport.read(stage, f"{stage}-1", 8, block_s=0.5):
+                self.entries.append(entry)
+                await getattr(self, f"_{stage}")(entry)
+
+    async def _encode(self, entry: Entry) -> None:
+        await self.transport.advance(entry, Stage.DENOISE, {}, warnings=self.warnings)
+
+    async def _denoise(self, entry: Entry) -> None:
+        await self.gate.wait()
+        event = convert.progress_event(entry.ref.index, step=1, steps=4)
+        await self.transport.publish(entry.ref.job_id, event)
+        await self.transport.advance(entry, Stage.DECODE, {})
+
+    async def _decode(self, entry: Entry) -> None:
+        spec = types_pb2.JobSpec.FromString(await self.transport.spec(entry.ref.job_id))
+        self.specs.append(spec)
+        await self.transport.finish(entry, self.fail.get(entry.ref.index) or paint(spec, entry.ref.index))
+
+
+def paint(spec: types_pb2.JobSpec, index: int) -> bytes:
+    request = spec.request
+    seed = (request.seed + index) % 2**64
+    noise = np.random.default_rng(seed).integers(0, 256, (request.height, request.width, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(noise).save(out, "PNG")
+    info = types_pb2.ImageInfo(index=index, seed=seed, width=request.width, height=request.height)
+    return types_pb2.StoredImage(info=info, data=out.getvalue()).SerializeToString()
+
+
+@dataclass
+class Gateway:
+    server: RpcServer
+    channel: grpc.aio.Channel
+    stub: gateway_pb2_grpc.GatewayStub
+
+
+class Deployment:
+    """One transport; `gateway()` starts as many gateways as a test wants."""
+
+    def __init__(self, transport: Transport, stack: AsyncExitStack, tasks: asyncio.TaskGroup) -> None:
+        self.transport = transport
+        self.worker = Worker(transport)
+        self._stack = stack
+        self._tasks = tasks
+        self._started: list[asyncio.Task[None]] = []
+
+    def start_worker(self, *, open_gate: bool = True) -> Worker:
+        if open_gate:
+            self.worker.gate.set()
+        self.start(self.worker.run(), "worker")
+        return self.worker
+
+    def start(self, work: Any, name: str) -> None:
+        self._started.append(self._tasks.create_task(work, name=name))
+
+    def stop(self) -> None:
+        for task in self._started:
+            task.cancel()
+
+    async def gateway(self, *, keys: str = "", **options: Any) -> Gateway:
+        values = {"host": "localhost", "port": 0, "reap_interval_s": 0.1, "drain_grace_s": 0.5, **options}
+        settings = GatewaySettings(**values)
+        counters = Counters()
+        api_keys = ApiKeys.parse(keys) if keys else ApiKeys()
+        pipeline = Pipeline(self.transport, card=CARD, settings=settings, counters=counters)
+        servicer = GatewayServicer(
+            pipeline, transport=self.transport, card=CARD, settings=settings, keys=api_keys, counters=counters
+        )
+        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
+        server = RpcServer(settings, services=[service], keys=api_keys, on_drain=pipeline.drain)
+        await self._stack.enter_async_context(server)
+        self.start(keep_up(self.transport, server, every_s=settings.reap_interval_s), "upkeep")
+        channel = await self._stack.enter_async_context(open_aio_channel(Target(server.address)))
+        return Gateway(server, channel, gateway_pb2_grpc.GatewayStub(channel))
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    with EmbeddedRedis() as server:
+        yield server.url
+
+
+@pytest.fixture(params=["memory", "redis"])
+def make_transport(request: pytest.FixtureRequest) -> Callable[[Limits], Transport]:
+    """Both transports: what a gateway shows must not depend on which it is."""
+    if request.param == "memory":
+        return lambda limits: MemoryTransport(limits=limits)
+    url = request.getfixturevalue("redis_url")
+    return lambda limits: RedisTransport.from_url(url, deployment=secrets.token_hex(8), limits=limits)
+
+
+@pytest.fixture
+async def deploy(make_transport: Callable[[Limits], Transport]) -> AsyncIterator[Callable[..., Deployment]]:
+    """`deploy(max_jobs=...)` makes a deployment."""
+    async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
+        made: list[Deployment] = []
+
+        def make(**limits: int) -> Deployment:
+            transport = make_transport(Limits(**limits))
+            stack.push_async_callback(transport.close)
+            made.append(Deployment(transport, stack, tasks))
+            return made[-1]
+
+        yield make
+        for deployment in made:
+            deployment.stop()
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], Awaitable[Any]]], Awaitable[Any]]:
+    """Asks again until the answer is true; returns it."""
+
+    async def wait(question: Callable[[], Awaitable[Any]]) -> Any:
+        async with asyncio.timeout(20):
+            while not (answer := await question()):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        return answer
+
+    return wait

@@ -1,0 +1,78 @@
+"""A small real service on loopback, for the tests of what every service shares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from streamflow.config import Settings
+from streamflow.rpc.channels import Target, open_aio_channel
+from streamflow.rpc.errors import rpc_errors
+from streamflow.rpc.server import RpcServer, Service
+from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
+
+NAME = "streamflow.v1.Gateway"
+
+
+class Answering(gateway_pb2_grpc.GatewayServicer):
+    """GetJob raises what it is given, or answers; Watch and Generate do the same as streams of both kinds."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.entered = asyncio.Event()
+        self.release = asyncio.Event()
+
+    async def GetJob(self, request: Any, context: Any) -> Any:
+        async with rpc_errors(context):
+            if self.error is not None:
+                raise self.error
+            return gateway_pb2.Job(request_id=request.request_id)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        async with rpc_errors(context):
+            yield gateway_pb2.GenerateEvent(request_id=request.request_id)
+            if self.error is not None:
+                raise self.error
+
+    async def Generate(self, request: Any, context: Any) -> None:
+        async with rpc_errors(context):
+            self.entered.set()
+            await context.write(gateway_pb2.GenerateEvent(request_id=request.request_id))
+            await self.release.wait()
+
+
+@pytest.fixture
+async def servicer() -> Answering:
+    return Answering()
+
+
+Serve = Callable[..., AbstractAsyncContextManager[tuple[RpcServer, grpc.aio.Channel]]]
+
+
+@pytest.fixture
+def serve(servicer: Answering) -> Serve:
+    """`async with serve(reflection=True, keys=...) as (server, channel)`."""
+
+    @asynccontextmanager
+    async def start(
+        *,
+        keys: Any = None,
+        credentials: Any = None,
+        on_drain: Any = None,
+        root_ca: bytes | None = None,
+        **settings: Any,
+    ) -> AsyncIterator[tuple[RpcServer, grpc.aio.Channel]]:
+        values = {"host": "localhost", "port": 0, "drain_grace_s": 5.0, **settings}
+        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
+        server = RpcServer(
+            Settings(**values), services=[service], keys=keys, credentials=credentials, on_drain=on_drain
+        )
+        async with server, open_aio_channel(Target(server.address, root_ca=root_ca)) as channel:
+            yield server, channel
+
+    return start

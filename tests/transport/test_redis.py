@@ -1,0 +1,285 @@
+"""What is special to Redis: lost groups, full memory, crashes, and what is left behind in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+
+import pytest
+import redis as redis_py
+
+from streamflow.errors import BusyError, NotFoundError, UnavailableError
+from streamflow.transport.base import ImageRef, NewJob
+from streamflow.transport.embedded import EmbeddedRedis
+from streamflow.transport.keys import Keys
+from streamflow.transport.redis_streams import RedisTransport
+from streamflow.types import Stage, WorkerInfo
+from tests.transport.worlds import FAST, World, redis_binary
+
+ENCODE, DENOISE, DECODE = Stage.ENCODE, Stage.DENOISE, Stage.DECODE
+
+
+@pytest.fixture
+def raw(redis_world: World) -> Iterator[redis_py.Redis]:
+    with redis_py.Redis.from_url(redis_world.server.url) as client:
+        yield client
+
+
+@pytest.fixture(params=["6.2", "7"])
+async def own_world(request: pytest.FixtureRequest, deployment: str) -> AsyncIterator[World]:
+    """With a server that the test may fill, kill and start again."""
+    with EmbeddedRedis(binary=redis_binary(request.param)) as server:
+        world = World(deployment, server)
+        yield world
+        await world.close()
+
+
+def new_job(job_id: str = "a", **fields) -> NewJob:
+    return NewJob(**{"id": job_id, "digest": job_id, "spec": b"spec", "num_images": 1, **fields})
+
+
+async def take(transport, stage, worker_id="w", count=1):
+    return await transport.read(stage, worker_id, count, block_s=0)
+
+
+async def run_through(transport, count: int) -> None:
+    """Every image that is there or is released meanwhile, through all stages."""
+    for _ in range(count):
+        for stage, to in ((ENCODE, DENOISE), (DENOISE, DECODE)):
+            [entry] = await take(transport, stage)
+            assert await transport.advance(entry, to, {"latents": b"x" * 1000})
+        [entry] = await take(transport, DECODE)
+        assert await transport.finish(entry, b"picture")
+
+
+async def test_every_key_is_on_one_shard(redis_world, raw, deployment):
+    transport = redis_world.open()
+    await transport.admit(new_job(num_images=2, watch_lease_s=5, reserved_bytes=10))
+    await run_through(transport, 1)
+    await transport.put_blob(b"x", keep_s=60)
+    await transport.put_cached("k", b"x", keep_s=60)
+    names = [key.decode() for key in raw.keys(f"*{deployment}}}*")]
+    assert len(names) > 8
+    assert all(name.startswith(f"sf:v1:{{{deployment}}}:") for name in names)
+
+
+def test_deployment_names_are_checked():
+    for name in ("", "a b", "{a}", "a" * 41):
+        with pytest.raises(ValueError, match="deployment"):
+            Keys(name)
+
+
+async def test_a_job_that_is_over_leaves_nothing(redis_world, raw, deployment, eventually):
+    transport = redis_world.open(policy=replace(FAST, result_s=0.05, tombstone_s=0.1))
+    await transport.register(_worker("w"), lease_s=60)
+    await transport.admit(new_job("done", num_images=3, reserved_bytes=3000, watch_lease_s=5))
+    await run_through(transport, 3)
+    await transport.admit(new_job("cancelled", num_images=20, reserved_bytes=2000))
+    await take(transport, ENCODE, count=2)
+    await transport.cancel("cancelled")
+    await transport.unregister("w")
+
+    async def forgotten():
+        await transport.reap()
+        return await transport.jobs() == []
+
+    await eventually(forgotten)
+    prefix = f"sf:v1:{{{deployment}}}:"
+    left = {key.decode().removeprefix(prefix) for key in raw.keys(f"*{deployment}}}*")}
+    # Empty streams, because of their groups, and a few numbers.
+    assert left == {"encode", "denoise", "decode", "meta"}
+    assert raw.hget(prefix + "meta", "reserved") == b"0"
+    for stage in Stage:
+        assert raw.xlen(prefix + stage) == 0
+        assert raw.xpending(prefix + stage, "workers")["pending"] == 0
+
+
+async def test_results_expire_in_redis_itself(redis_world, raw, deployment):
+    transport = redis_world.open()
+    await transport.admit(new_job())
+    [entry] = await take(transport, ENCODE)
+    await transport.finish(entry, b"picture")
+    key = f"sf:v1:{{{deployment}}}:res:a:0"
+    assert 890 < raw.ttl(key) <= 900
+    await transport.mark_delivered("a")
+    assert 50 < raw.ttl(key) <= 60
+
+
+async def test_a_lost_group_is_made_again(redis_world, raw, deployment):
+    transport, other = redis_world.open(), redis_world.open()
+    stream = f"sf:v1:{{{deployment}}}:encode"
+    await transport.admit(new_job(num_images=2))
+    [mine] = await take(transport, ENCODE)
+    raw.xgroup_destroy(stream, "workers")
+    assert (await transport.heartbeat(ENCODE, "w", [mine])).lost == {mine.id}
+    # Nothing that is in the stream is left out, and nothing happens twice.
+    entries = await take(other, ENCODE, "other", 9)
+    assert sorted(entry.ref.index for entry in entries) == [0, 1]
+    [same] = [entry for entry in entries if entry.ref == mine.ref]
+    assert await other.finish(same, b"other")
+    assert not await transport.finish(mine, b"mine")
+    assert await transport.result(mine.ref) == b"other"
+
+
+async def test_what_is_in_hand_is_not_given_out_again_after_a_lost_group(redis_world, raw, deployment):
+    transport = redis_world.open()
+    await transport.admit(new_job(num_images=2))
+    [mine] = await take(transport, ENCODE)
+    raw.xgroup_destroy(f"sf:v1:{{{deployment}}}:encode", "workers")
+    [fresh] = await take(transport, ENCODE, count=9)
+    assert fresh.ref != mine.ref
+    assert await transport.heartbeat(ENCODE, "w", [mine]) == await transport.heartbeat(ENCODE, "w", [])
+    assert await transport.finish(mine, b"picture")
+
+
+async def test_a_group_lost_during_a_blocked_read(redis_world, raw, deployment, eventually):
+    transport = redis_world.open()
+    reading = asyncio.create_task(transport.read(ENCODE, "w", 1, block_s=0.5))
+
+    async def blocked():
+        return raw.info("clients")["blocked_clients"]
+
+    await eventually(blocked)
+    raw.delete(f"sf:v1:{{{deployment}}}:encode")
+    assert await reading == []
+    await transport.admit(new_job())
+    assert len(await take(transport, ENCODE)) == 1
+
+
+async def test_flushall_makes_late_work_harmless(own_world):
+    transport = own_world.open()
+    await transport.admit(new_job())
+    [entry] = await take(transport, ENCODE)
+    with redis_py.Redis.from_url(own_world.server.url) as client:
+        client.flushall()
+    assert not await transport.advance(entry, DENOISE, {})
+    assert not await transport.finish(entry, b"late")
+    with pytest.raises(NotFoundError):
+        await transport.job("a")
+    assert not (await transport.admit(new_job())).attached
+    await run_through(transport, 1)
+
+
+async def test_a_delivery_whose_reply_was_lost_is_found_again(redis_world):
+    transport = redis_world.open()
+    await transport.admit(new_job(num_images=2))
+    await take(transport, ENCODE, "w", 1)
+    # The same worker with nothing in hand: what a worker is that never saw the reply.
+    [entry] = await take(redis_world.open(), ENCODE, "w", 9)
+    assert (entry.ref.index, entry.attempt) == (0, 2)
+
+
+async def test_what_is_given_up_is_noted(redis_world, raw, deployment):
+    transport = redis_world.open(policy=replace(FAST, max_deliveries=1))
+    await transport.admit(new_job())
+    [entry] = await take(transport, ENCODE)
+    await transport.hand_back(ENCODE, "w", [entry], count_attempt=True)
+    assert await take(transport, ENCODE) == []
+    [(_, note)] = raw.xrange(f"sf:v1:{{{deployment}}}:dead")
+    assert (note[b"job"], note[b"stage"], note[b"deliveries"]) == (b"a", b"encoder", b"1")
+
+
+async def test_old_replicas_drain_while_new_ones_start(redis_world, deployment):
+    old, new = (
+        RedisTransport.from_url(redis_world.server.url, deployment=deployment, revision=revision, policy=FAST)
+        for revision in ("r1", "r2")
+    )
+    await old.admit(new_job("before"))
+    await new.admit(new_job("after"))
+    [entry] = await take(new, ENCODE, count=9)
+    assert entry.ref.job_id == "after"
+    assert await new.finish(entry, b"")
+    await run_through(old, 1)
+    await new.admit(new_job("cancelled"))
+    await take(new, ENCODE)
+    assert await old.cancel("cancelled")
+    assert (await new.backlog())["encode"] == 0
+    for transport in (old, new):
+        await transport.close()
+
+
+async def test_consumers_go_with_their_workers_but_never_with_work(redis_world, raw, deployment):
+    transport = redis_world.open()
+    await transport.register(_worker("idle", ENCODE), lease_s=60)
+    await transport.register(_worker("busy", ENCODE), lease_s=60)
+    await transport.admit(new_job())
+    await take(transport, ENCODE, "busy")
+    await take(transport, ENCODE, "idle")
+    for worker_id in ("idle", "busy", "unknown"):
+        await transport.unregister(worker_id)
+    consumers = raw.xinfo_consumers(f"sf:v1:{{{deployment}}}:encode", "workers")
+    assert [consumer["name"] for consumer in consumers] == [b"busy"]
+
+
+async def test_admitted_work_drains_when_memory_is_full(own_world):
+    transport = own_world.open(policy=replace(FAST, min_window=2))
+    await transport.register(_worker("warm"), lease_s=60)
+    await transport.unregister("warm")
+    await transport.admit(new_job("a", num_images=6, reserved_bytes=600))
+    with redis_py.Redis.from_url(own_world.server.url) as client:
+        client.config_set("maxmemory", 100_000)
+        with pytest.raises(redis_py.exceptions.OutOfMemoryError):
+            client.set("more", b"")
+    with pytest.raises(BusyError):
+        await transport.admit(new_job("b"))
+    with pytest.raises(NotFoundError):
+        await transport.job("b")
+    with pytest.raises(BusyError):
+        await transport.put_blob(b"init image", keep_s=60)
+    sha256 = await transport.put_blob(b"latents", keep_s=60, admitted=True)
+    await transport.put_cached("prompt", b"embeddings", keep_s=60)
+    assert await transport.get_blob(sha256) == b"latents"
+    assert await transport.get_cached("prompt", keep_s=60) == b"embeddings"
+    assert (await transport.admit(new_job("a", num_images=6, reserved_bytes=600))).attached
+    await transport.ping()
+    await run_through(transport, 6)
+    assert await transport.result(ImageRef("a", 5)) == b"picture"
+
+
+async def test_nothing_is_lost_when_redis_is_killed(own_world):
+    transport = own_world.open()
+    await transport.admit(new_job("a", num_images=3))
+    [done, moved, taken] = await take(transport, ENCODE, count=3)
+    await transport.finish(done, b"picture")
+    await transport.advance(moved, DENOISE, {"latents": b"\x00"})
+    async with transport.subscribe("a") as events:
+        own_world.server.kill()
+        with pytest.raises(UnavailableError):
+            await transport.job("a")
+        with pytest.raises(UnavailableError):
+            await transport.read(ENCODE, "w", 1)
+        with pytest.raises(UnavailableError):
+            await transport.ping()
+        own_world.server.start()
+        assert (await transport.job("a")).images == ("done", "denoise", "encode")
+        assert await transport.result(ImageRef("a", 0)) == b"picture"
+        assert await transport.finish(taken, b"picture")
+        async with asyncio.timeout(15):
+            event = None
+            while event != b"again":
+                await transport.publish("a", b"again")
+                event = await anext(events)
+    [entry] = await take(transport, DENOISE)
+    assert dict(entry.payload) == {"latents": b"\x00"}
+
+
+async def test_what_cannot_be_reached_is_unavailable():
+    transport = RedisTransport.from_url("redis://127.0.0.1:1/0")
+    for call in (
+        transport.ping(),
+        transport.admit(new_job()),
+        transport.jobs(),
+        transport.read(ENCODE, "w", 1),
+        transport.publish("a", b"x"),
+    ):
+        with pytest.raises(UnavailableError):
+            await call
+    with pytest.raises(UnavailableError):
+        async with transport.subscribe("a"):
+            pass
+    await transport.close()
+
+
+def _worker(worker_id: str, stage: Stage = DENOISE) -> WorkerInfo:
+    return WorkerInfo(worker_id, stage, "host:1", "shapes", "r1", "torch", "cpu", slots=1)

@@ -1,0 +1,426 @@
+"""The stage worker, over every transport: nothing is lost, nothing is done twice, nobody else pays for a failure."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
+from streamflow.transport.base import ImageRef, NewJob, Transport
+from streamflow.transport.embedded import EmbeddedRedis
+from streamflow.transport.worker import Advance, Backoff, EntryContext, Finish, Outcome, StageWorker
+from streamflow.types import Failure, JobState, Stage, WorkerInfo
+from tests.transport.worlds import FAST, World, redis_binary
+
+QUIET = {"waiting": 0, "encode": 0, "denoise": 0, "decode": 0}
+# Beats come every quarter of it; a busy machine must not take a live worker for a dead one.
+STEADY = replace(FAST, lease_s=2.0)
+
+
+def new_job(job_id: str = "a", **fields) -> NewJob:
+    return NewJob(**{"id": job_id, "digest": job_id, "spec": b"spec", "num_images": 1, **fields})
+
+
+def make_worker(transport: Transport, handle, *, stage=Stage.ENCODE, worker_id="w", **settings) -> StageWorker:
+    info = WorkerInfo(worker_id, stage, "host:1", "shapes", "r1", "none", "cpu", slots=settings.get("capacity", 4))
+    return StageWorker(transport, stage, handle, info=lambda: info, **{"capacity": 4, **settings})
+
+
+@asynccontextmanager
+async def running(worker: StageWorker) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(worker.run())
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+def ended(transport: Transport, job_id: str = "a") -> Callable:
+    async def condition():
+        view = await transport.job(job_id)
+        return view if view.state.terminal else None
+
+    return condition
+
+
+class Hold:
+    """A handler that holds what it gets until it is let go, and remembers all of it."""
+
+    def __init__(self) -> None:
+        self.let_go = asyncio.Event()
+        self.seen: list[tuple[str, int]] = []
+        self.cancelled: list[str] = []
+
+    async def __call__(self, context: EntryContext) -> Outcome:
+        self.seen.append((str(context.entry.ref), context.entry.attempt))
+        try:
+            await self.let_go.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(str(context.entry.ref))
+            raise
+        return Finish(b"picture")
+
+    def has(self, count: int) -> Callable:
+        async def condition():
+            return len(self.seen) >= count
+
+        return condition
+
+
+@pytest.fixture
+def steady(world: World) -> Transport:
+    return world.open(policy=STEADY)
+
+
+async def test_three_stages_carry_jobs_to_their_end(steady, eventually):
+    def go_on(to: Stage):
+        async def handle(context: EntryContext) -> Outcome:
+            payload = {**context.entry.payload, context.entry.stage.value: b"%d" % context.entry.ref.index}
+            return Advance(to, payload, warnings=(f"through {context.entry.stage}",))
+
+        return handle
+
+    async def finish(context: EntryContext) -> Outcome:
+        return Finish(context.entry.payload["encode"] + context.entry.payload["denoise"])
+
+    workers = [
+        make_worker(steady, go_on(Stage.DENOISE), stage=Stage.ENCODE, worker_id="e"),
+        make_worker(steady, go_on(Stage.DECODE), stage=Stage.DENOISE, worker_id="n"),
+        make_worker(steady, finish, stage=Stage.DECODE, worker_id="d"),
+    ]
+    async with running(workers[0]), running(workers[1]), running(workers[2]):
+        for k in range(4):
+            await steady.admit(new_job(f"j{k}", num_images=3))
+        for k in range(4):
+            view = await eventually(ended(steady, f"j{k}"))
+            assert view.state is JobState.IMAGES
+            assert sorted(view.warnings) == ["through denoise", "through encode"]
+            assert [await steady.result(ImageRef(f"j{k}", n)) for n in range(3)] == [b"00", b"11", b"22"]
+        assert {worker.worker_id for worker in await steady.workers()} == {"e", "n", "d"}
+    assert await steady.backlog() == QUIET
+    assert await steady.workers() == []
+    assert [worker.counters["ended_total"] for worker in workers] == [12, 12, 12]
+
+
+async def test_no_more_than_its_capacity_is_in_hand(steady, eventually):
+    hold = Hold()
+    worker = make_worker(steady, hold, capacity=2)
+    async with running(worker):
+        await steady.admit(new_job(num_images=5))
+        await eventually(hold.has(2))
+        assert (worker.in_hand, len(hold.seen)) == (2, 2)
+        hold.let_go.set()
+        assert (await eventually(ended(steady))).num_finished == 5
+
+
+async def test_it_says_what_it_holds_in_the_registry(steady, eventually):
+    hold = Hold()
+    async with running(make_worker(steady, hold, register_every_s=0.05)):
+        await steady.admit(new_job(num_images=2))
+
+        async def two_in_use():
+            return [worker.slots_in_use for worker in await steady.workers()] == [2]
+
+        await eventually(two_in_use)
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code"),
+    [
+        (GenerationError("the network gave NaN"), JobState.ERROR, "INTERNAL"),
+        (DeadlineError("too late"), JobState.DEADLINE, "DEADLINE_EXCEEDED"),
+        (JobCancelledError("not wanted"), JobState.CANCELLED, "CANCELLED"),
+    ],
+)
+async def test_what_a_handler_raises_decides(steady, eventually, error, state, code):
+    async def handle(context: EntryContext) -> Outcome:
+        raise error
+
+    async with running(make_worker(steady, handle)):
+        await steady.admit(new_job())
+        view = await eventually(ended(steady))
+    assert (view.state, view.failure) == (state, Failure(code, str(error), "encoder"))
+
+
+async def test_a_failure_that_will_pass_does_not_count(steady, eventually):
+    attempts = []
+
+    async def handle(context: EntryContext) -> Outcome:
+        attempts.append(context.entry.attempt)
+        if len(attempts) < 5:
+            raise UnavailableError("a blob store is away")
+        return Finish(b"picture")
+
+    async with running(make_worker(steady, handle)):
+        await steady.admit(new_job())
+        assert (await eventually(ended(steady))).state is JobState.IMAGES
+    assert attempts == [1] * 5
+
+
+async def test_a_poisonous_image_ends_alone(steady, eventually):
+    together: list[set[str]] = []
+    in_hand: set[str] = set()
+
+    async def handle(context: EntryContext) -> Outcome:
+        name = context.entry.ref.job_id
+        in_hand.add(name)
+        try:
+            if name == "poison":
+                if context.entry.attempt > 1:
+                    together.append(set(in_hand))
+                raise RuntimeError("the network crashed")
+            # Whatever is admitted beside a second delivery would be seen here.
+            for _ in range(5):
+                await asyncio.sleep(0.01)
+                assert context.entry.attempt == 1
+            return Finish(b"picture")
+        finally:
+            in_hand.discard(name)
+
+    worker = make_worker(steady, handle, capacity=3)
+    async with running(worker):
+        for name in ("n1", "n2", "poison", "n3", "n4", "n5"):
+            await steady.admit(new_job(name))
+        view = await eventually(ended(steady, "poison"))
+        for name in ("n1", "n2", "n3", "n4", "n5"):
+            assert (await eventually(ended(steady, name))).state is JobState.IMAGES
+    assert (view.state, view.failure.stage) == (JobState.ERROR, "encoder")
+    assert len(together) == 2
+    assert worker.counters["handed_back_total"] == 3
+
+
+async def test_nothing_is_read_beside_a_second_delivery(world, eventually):
+    transport = world.open(policy=STEADY)
+    hold = Hold()
+    await transport.admit(new_job("second"))
+    await transport.read(Stage.ENCODE, "dead", 1, block_s=0)
+    await transport.hand_back(Stage.ENCODE, "dead", None, count_attempt=True)
+    worker = make_worker(world.open(policy=STEADY), hold)
+    async with running(worker):
+        await eventually(hold.has(1))
+        await transport.admit(new_job("first"))
+        # Another worker is free to take it, so it was there to be read.
+        [entry] = await transport.read(Stage.ENCODE, "other", 1, block_s=0)
+        await transport.hand_back(Stage.ENCODE, "other", [entry], count_attempt=False)
+        await asyncio.sleep(0.2)
+        assert hold.seen == [("second:0", 2)]
+        hold.let_go.set()
+        await eventually(ended(transport, "first"))
+    assert hold.seen == [("second:0", 2), ("first:0", 1)]
+
+
+async def test_work_that_does_not_get_on_is_stopped(steady, eventually):
+    attempts = []
+
+    async def handle(context: EntryContext) -> Outcome:
+        attempts.append(context.entry.attempt)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with running(make_worker(steady, handle, progress_timeout_s=0.1)):
+        await steady.admit(new_job())
+        view = await eventually(ended(steady))
+    assert attempts == [1, 2, 3]
+    assert (view.state, view.failure.code) == (JobState.ERROR, "INTERNAL")
+
+
+async def test_work_that_gets_on_may_take_long(world, eventually):
+    transport = world.open(policy=STEADY)
+    context_of = []
+
+    async def handle(context: EntryContext) -> Outcome:
+        context_of.append(context)
+        for _ in range(30):
+            await asyncio.sleep(0.1)  # 3 s together: more than the lease and the progress time-out
+            context.progress()
+        return Finish(b"picture")
+
+    async with running(make_worker(transport, handle, progress_timeout_s=1.5)):
+        await transport.admit(new_job())
+        other = world.open(policy=STEADY)
+        while not (view := await transport.job("a")).state.terminal:
+            assert await other.read(Stage.ENCODE, "other", 1, block_s=0.1) == [] or not context_of
+    assert view.state is JobState.IMAGES
+    assert len(context_of) == 1
+    context_of[0].progress()  # late, and harmless
+
+
+async def test_the_deadline_ends_the_work(steady, eventually):
+    hold = Hold()
+    async with running(make_worker(steady, hold)):
+        await steady.admit(new_job(timeout_s=0.3))
+        view = await eventually(ended(steady))
+    assert (view.state, view.failure.code) == (JobState.DEADLINE, "DEADLINE_EXCEEDED")
+    assert hold.cancelled == ["a:0"]
+
+
+async def test_a_cancelled_job_frees_its_worker(steady, eventually):
+    hold = Hold()
+    worker = make_worker(steady, hold, capacity=1)
+    async with running(worker):
+        await steady.admit(new_job("unwanted"))
+        await eventually(hold.has(1))
+        await steady.admit(new_job("next"))
+        await steady.cancel("unwanted")
+        await eventually(hold.has(2))
+        assert hold.cancelled == ["unwanted:0"]
+        hold.let_go.set()
+        assert (await eventually(ended(steady, "next"))).state is JobState.IMAGES
+
+
+async def test_a_lost_entry_is_let_go(world, eventually):
+    gateway = world.open(policy=STEADY)
+    hold = Hold()
+    worker = make_worker(world.open(policy=STEADY), hold, capacity=1)
+    async with running(worker):
+        await gateway.admit(new_job())
+        await eventually(hold.has(1))
+        # As if its lease had lapsed: somebody else has it now.
+        await gateway.hand_back(Stage.ENCODE, "w", None, count_attempt=False)
+        [entry] = await gateway.read(Stage.ENCODE, "other", 1, block_s=0)
+
+        async def let_go():
+            return hold.cancelled == ["a:0"]
+
+        await eventually(let_go)
+        assert await gateway.finish(entry, b"picture")
+    assert worker.counters["lost_total"] == 1
+
+
+async def test_a_drain_waits_for_what_is_in_hand(steady, eventually):
+    hold = Hold()
+    worker = make_worker(steady, hold)
+    async with running(worker) as run:
+        await steady.admit(new_job(num_images=3))
+        await eventually(hold.has(3))
+        draining = asyncio.create_task(worker.drain(30))
+        await steady.admit(new_job("later"))
+        await asyncio.sleep(0)
+        hold.let_go.set()
+        report = await draining
+        await run
+    assert (report.finished, report.handed_back) == (3, 0)
+    assert (await steady.job("a")).state is JobState.IMAGES
+    assert not (await steady.job("later")).state.terminal
+    assert await steady.workers() == []
+
+
+async def test_a_drain_hands_back_what_takes_too_long(world, eventually):
+    transport = world.open(policy=STEADY)
+    hold = Hold()
+    worker = make_worker(world.open(policy=STEADY), hold)
+    async with running(worker) as run:
+        await transport.admit(new_job(num_images=3))
+        await eventually(hold.has(3))
+        report = await worker.drain(0.05)
+        await run
+    assert (report.finished, report.handed_back) == (0, 3)
+    assert len(hold.cancelled) == 3
+    # At once, and as if nobody had tried.
+    entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
+    assert [entry.attempt for entry in entries] == [1, 1, 1]
+
+
+async def test_a_cancelled_worker_leaves_nothing_in_its_name(world, eventually):
+    transport = world.open(policy=STEADY)
+    hold = Hold()
+    async with running(make_worker(world.open(policy=STEADY), hold)):
+        await transport.admit(new_job(num_images=2))
+        await eventually(hold.has(2))
+    entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
+    assert [entry.attempt for entry in entries] == [1, 1]
+    assert await transport.workers() == []
+
+
+def test_pauses_grow_to_a_limit():
+    backoff = Backoff(base_s=0.1, cap_s=5)
+    assert backoff.next_s() == 0
+    for failures, most_s in ((1, 0.1), (2, 0.2), (3, 0.4), (10, 5), (10_000, 5)):
+        backoff.failures = failures
+        assert most_s / 2 <= backoff.next_s() <= most_s
+
+
+def test_a_worker_without_room_is_a_mistake(transport):
+    with pytest.raises(ValueError, match="capacity"):
+        make_worker(transport, Hold(), capacity=0)
+
+
+# -- processes that die ----------------------------------------------------------------------------------------------
+
+
+def spawn(world: World, worker_id: str, how: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.transport.lone_worker", world.server.url, world.deployment, worker_id, how]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+async def test_work_of_a_killed_process_goes_to_another(redis_world, eventually):
+    transport = redis_world.open(policy=FAST)
+    await transport.admit(new_job(num_images=2))
+    with spawn(redis_world, "killed", "hangs") as process:
+        lines = [await asyncio.to_thread(process.stdout.readline) for _ in range(2)]
+        assert sorted(lines) == ["a:0 1\n", "a:1 1\n"]
+        process.kill()
+    hold = Hold()
+    hold.let_go.set()
+    async with running(make_worker(transport, hold)):
+        assert (await eventually(ended(transport))).state is JobState.IMAGES
+    assert sorted(hold.seen) == [("a:0", 2), ("a:1", 2)]
+
+
+async def test_a_terminated_process_hands_back_at_once(redis_world):
+    transport = redis_world.open(policy=replace(FAST, lease_s=600))
+    await transport.admit(new_job(num_images=2))
+    with spawn(redis_world, "terminated", "hangs") as process:
+        for _ in range(2):
+            await asyncio.to_thread(process.stdout.readline)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 20) == 0
+    entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
+    assert [entry.attempt for entry in entries] == [1, 1]
+
+
+async def test_an_image_that_kills_its_workers_is_given_up(redis_world, eventually):
+    transport = redis_world.open(policy=FAST)
+    await transport.admit(new_job())
+    attempts = []
+    for k in range(3):
+        with spawn(redis_world, f"w{k}", "dies") as process:
+            attempts.append(await asyncio.to_thread(process.stdout.readline))
+            assert await asyncio.to_thread(process.wait) == -signal.SIGKILL
+    assert attempts == ["a:0 1\n", "a:0 2\n", "a:0 3\n"]
+    hold = Hold()
+    async with running(make_worker(transport, hold)):
+        view = await eventually(ended(transport))
+    assert (view.state, view.failure.stage, hold.seen) == (JobState.ERROR, "encoder", [])
+    assert await transport.backlog() == QUIET
+
+
+@pytest.mark.parametrize("version", ["6.2", "7"])
+async def test_a_worker_goes_on_after_redis_was_away(version, deployment, eventually):
+    with EmbeddedRedis(binary=redis_binary(version)) as server:
+        world = World(deployment, server)
+        gateway = world.open(policy=STEADY)
+        hold = Hold()
+        worker = make_worker(world.open(policy=STEADY), hold)
+        async with running(worker):
+            await gateway.admit(new_job())
+            await eventually(hold.has(1))
+            server.kill()
+            # The outcome is there and has nowhere to go.
+            hold.let_go.set()
+            with pytest.raises(UnavailableError):
+                await gateway.ping()
+            server.start()
+            assert (await eventually(ended(gateway))).state is JobState.IMAGES
+            await gateway.admit(new_job("next"))
+            assert (await eventually(ended(gateway, "next"))).state is JobState.IMAGES
+        await world.close()
+    assert [ref for ref, _ in hold.seen] == ["a:0", "next:0"]

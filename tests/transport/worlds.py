@@ -1,0 +1,44 @@
+"""One way to open a transport, in memory and on a real Redis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from streamflow.transport.base import Limits, Transport
+from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
+from streamflow.transport.memory import MemoryTransport
+from streamflow.transport.policy import Policy
+from streamflow.transport.redis_streams import RedisTransport
+
+FAST = Policy(lease_s=0.5, watch_grace_s=0.5, reap_gap_s=60.0)
+
+
+def redis_binary(version: str) -> Path:
+    for binary in find_redis_server():
+        if redis_version(binary).startswith(version + "."):
+            return binary
+    pytest.skip(f"no redis-server {version} is installed")
+
+
+@dataclass
+class World:
+    """One deployment; `open` gives what a further process would use (in memory: always the same object)."""
+
+    deployment: str
+    server: EmbeddedRedis | None
+    _opened: list[Transport] = field(default_factory=list)
+
+    def open(self, *, policy: Policy = FAST, limits: Limits | None = None) -> Transport:
+        if self.server is not None:
+            redis = RedisTransport.from_url(self.server.url, deployment=self.deployment, policy=policy, limits=limits)
+            self._opened.append(redis)
+        elif not self._opened:
+            self._opened.append(MemoryTransport(policy=policy, limits=limits))
+        return self._opened[-1]
+
+    async def close(self) -> None:
+        for transport in self._opened:
+            await transport.close()
