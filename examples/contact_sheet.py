@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 _TILE_PX = 192
 _MARGIN_PX = 12
 _LINE_PX = 14
-_LINES = 4
+_LINES = 5
 _COLUMN_CHARS = 34
 
 
@@ -24,8 +24,8 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image, str, str]], *, columns: 
         x, y = _MARGIN_PX + number % columns * cell_x, _MARGIN_PX + number // columns * cell_y
         sheet.paste(picture.resize((_TILE_PX, _TILE_PX), Image.Resampling.LANCZOS), (x, y))
         draw.rectangle((x, y, x + _TILE_PX - 1, y + _TILE_PX - 1), outline="#bbbbbb")
-        lines = textwrap.wrap(prompt, _COLUMN_CHARS)[: _LINES - 1]
-        for row, line in enumerate(lines):
-            draw.text((x, y + _TILE_PX + 5 + row * _LINE_PX), line, fill="black", font=font)
-        draw.text((x, y + _TILE_PX + 5 + len(lines) * _LINE_PX), settings, fill="#777777", font=font)
+        captions = [(line, "black") for line in textwrap.wrap(prompt, _COLUMN_CHARS)]
+        captions += [(line, "#777777") for line in textwrap.wrap(settings, _COLUMN_CHARS)]
+        for row, (line, color) in enumerate(captions[:_LINES]):
+            draw.text((x, y + _TILE_PX + 5 + row * _LINE_PX), line, fill=color, font=font)
     return sheet

@@ -43,11 +43,13 @@ async def serve(settings: GatewaySettings) -> None:
         credentials=_credentials(settings),
         on_drain=pipeline.drain,
     )
+    stop = asyncio.Event()
     try:
         async with server, asyncio.TaskGroup() as tasks:
-            upkeep = tasks.create_task(keep_up(transport, server, every_s=settings.reap_interval_s), name="upkeep")
+            upkeep = keep_up(transport, server, every_s=settings.reap_interval_s, stop=stop)
+            tasks.create_task(upkeep, name="upkeep")
             await server.run_until_stopped()
-            upkeep.cancel()
+            stop.set()
     finally:
         await transport.close()
 

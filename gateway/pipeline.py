@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gateway import admission, images
 from gateway.story import Story
+from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError, UnavailableError
 from streamflow.telemetry import Counters, fingerprint, get_logger
@@ -162,15 +163,16 @@ class Pipeline:
     @asynccontextmanager
     async def watched(self, key: JobKey) -> AsyncIterator[None]:
         """Keeps the job's watch lease while the context is entered."""
+        left = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            renewing = tasks.create_task(self._renew(key), name=f"watch {key.job_id}")
+            tasks.create_task(self._renew(key, left), name=f"watch {key.job_id}")
             try:
                 yield
             finally:
-                renewing.cancel()
+                left.set()
 
-    async def _renew(self, key: JobKey) -> None:
-        while True:
+    async def _renew(self, key: JobKey, left: asyncio.Event) -> None:
+        while not left.is_set():
             try:
                 await self._transport.renew_watch(key.job_id)
             except NotFoundError:
@@ -178,7 +180,7 @@ class Pipeline:
             except UnavailableError as error:
                 # The follower meets the same and tells the client.
                 _log.warning("watch lease not renewed", job=key.job_id, reason=str(error))
-            await asyncio.sleep(self._settings.watch_lease_s / 3)
+            await set_within(left, self._settings.watch_lease_s / 3)
 
     async def follow(self, key: JobKey, *, attached: bool) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
         """Accepted, then what is and what comes, then Done; then the results count as delivered.
@@ -225,6 +227,7 @@ class Pipeline:
         read_at_s = self._clock()
         while self._clock() - read_at_s < _READ_AGAIN_S:
             published = await anext(wakes, None)
+            _raise_swallowed_cancellation()
             if self._stopping:
                 raise UnavailableError("this gateway is shutting down; watch the job through another one")
             if published is None:
@@ -232,3 +235,11 @@ class Pipeline:
             event = story.live(published)
             if event is not None:
                 yield event
+
+
+def _raise_swallowed_cancellation() -> None:
+    # asyncio.wait_for of Python 3.11, which redis-py sends its commands with, loses a cancellation now and then; the
+    # stream of a client that has gone would follow its job, and keep it watched, to the end.
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
-from streamflow.errors import UnavailableError
+from streamflow.errors import BusyError, UnavailableError
 from streamflow.rpc.server import RpcServer
 from streamflow.telemetry import get_logger
 from streamflow.transport.base import Transport
@@ -12,15 +13,15 @@ from streamflow.transport.base import Transport
 _log = get_logger(__name__)
 
 
-async def keep_up(transport: Transport, server: RpcServer, *, every_s: float) -> None:
-    """Reaps, and turns readiness with the transport, until cancelled."""
+async def keep_up(transport: Transport, server: RpcServer, *, every_s: float, stop: asyncio.Event) -> None:
+    """Reaps, and turns readiness with the transport, until told to stop."""
     ready: bool | None = None
-    while True:
+    while not stop.is_set():
         was, ready = ready, await _reap(transport)
         if ready is not was:
             _log.info("transport takes work" if ready else "transport takes no work")
         await server.set_ready(ready)
-        await asyncio.sleep(every_s)
+        await set_within(stop, every_s)
 
 
 async def _reap(transport: Transport) -> bool:
@@ -30,4 +31,15 @@ async def _reap(transport: Transport) -> bool:
     except UnavailableError as error:
         _log.debug("transport away", reason=str(error))
         return False
+    except BusyError as error:
+        # Full is not away: what is there can be read, and new requests are told when to come back.
+        _log.warning("transport is full", reason=str(error))
     return True
+
+
+async def set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Waits for an event, so long at most; whether it came."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()

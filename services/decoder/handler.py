@@ -69,18 +69,17 @@ class DecodeHandler:
                 await asyncio.sleep(LOOK_AGAIN_S)
 
     async def _show_one(self) -> bool:
-        """Whether there was a preview to show."""
+        """Whether a preview was taken."""
+        task = None
         try:
             task = await self._transport.pop_preview()
             if task is not None:
                 await self._show(task)
         except StreamFlowError as error:
             _log.debug("preview dropped", reason=str(error))
-            return False
         except Exception as error:
-            # A preview may come from a broken peer, and nothing depends on it.
+            # It may come from a broken peer, and nothing depends on it.
             _log.error("preview dropped", error=error)
-            return False
         return task is not None
 
     async def _show(self, task: PreviewTask) -> None:

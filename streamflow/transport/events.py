@@ -80,9 +80,10 @@ class RedisEvents:
         await self._unsubscribe_if_unused(channel)
 
     async def close(self) -> None:
-        if self._reader is not None:
+        while self._reader is not None and not self._reader.done():
             self._reader.cancel()
-            await asyncio.wait([self._reader])
+            # Again if need be: a cancellation may be forgotten, see redis_client.
+            await asyncio.wait([self._reader], timeout=LOOK_AGAIN_S)
         await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _subscribe(self, channel: str) -> None:

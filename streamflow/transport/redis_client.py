@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterator
@@ -43,6 +44,25 @@ def connect(url: str) -> redis.Redis:
 @contextmanager
 def redis_errors() -> Iterator[None]:
     """Turns errors of Redis into UnavailableError and, when its memory is full, BusyError."""
+    with _cancellation_kept(), _translated():
+        yield
+
+
+@contextmanager
+def _cancellation_kept() -> Iterator[None]:
+    # redis-py sends with asyncio.wait_for, which in Python 3.11 forgets a cancellation that comes as the send ends.
+    task = asyncio.current_task()
+    assert task is not None, "only for coroutines"
+    before = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
     try:
         yield
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:

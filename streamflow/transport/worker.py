@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
@@ -217,6 +217,9 @@ class StageWorker:
             await self._pause(max(self._read_backoff.next_s(), self._work_backoff.next_s()))
             try:
                 entries = await self._transport.read(self._stage, self._worker_id, free, block_s=_BLOCK_S)
+                if self.draining:
+                    await self._hand_back(entries)
+                    return
             except _TRANSIENT as error:
                 self._read_backoff.failures += 1
                 log.warning("%s: nothing can be read: %s", self._stage.service, error)
@@ -295,11 +298,14 @@ class StageWorker:
             case _End(state, failure):
                 in_time = await self._transport.cancel(entry.ref.job_id, state=state, failure=failure)
             case _HandBack(count_attempt):
-                await self._transport.hand_back(self._stage, self._worker_id, [entry], count_attempt=count_attempt)
-                self.counters["handed_back_total"] += 1
+                await self._hand_back([entry], count_attempt=count_attempt)
                 return
         self._work_backoff.failures = 0
         self.counters["ended_total" if in_time else "late_total"] += 1
+
+    async def _hand_back(self, entries: Sequence[Entry] | None, *, count_attempt: bool = False) -> None:
+        count = await self._transport.hand_back(self._stage, self._worker_id, entries, count_attempt=count_attempt)
+        self.counters["handed_back_total"] += count
 
     # -- beside the work ---------------------------------------------------------------------------------------------
 
@@ -343,8 +349,7 @@ class StageWorker:
 
     async def _leave(self) -> None:
         try:
-            rest = await self._transport.hand_back(self._stage, self._worker_id, None, count_attempt=False)
-            self.counters["handed_back_total"] += rest
+            await self._hand_back(None)
             await self._transport.unregister(self._worker_id)
         except _TRANSIENT as error:
             log.warning("%s: others take over when the leases lapse: %s", self._stage.service, error)

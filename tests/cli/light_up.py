@@ -10,7 +10,7 @@ from pathlib import Path
 from streamflow.cli import up
 from streamflow.cli.supervisor import SERVICES, LocalDeployment
 
-LIGHT = {kind: (sys.executable, "-m", "tests.cli.light_service", kind) for kind in SERVICES}
+LIGHT = {kind: (sys.executable, "-m", "tests.cli.light_service", name) for kind, name in SERVICES.items()}
 
 
 class Announcing(LocalDeployment):
@@ -21,4 +21,4 @@ class Announcing(LocalDeployment):
 
 
 if __name__ == "__main__":
-    asyncio.run(up._serve(Announcing(model=Path(__file__).parent, commands=LIGHT, grace_s=5)))
+    asyncio.run(up._serve(Announcing(model=Path(__file__).parent, commands=LIGHT, grace_s=5, encoders=0, denoisers=0)))

@@ -13,9 +13,10 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from streamflow.cli.app import app
+from streamflow.cli.progress import half_blocks
 from streamflow.client import Client
 from streamflow.types import JobState
-from tests.client.deployment import Deployment
+from tests.client.deployment import Deployment, in_thread
 
 COMMANDS = ("up", "generate", "status", "models", "jobs", "cancel")
 
@@ -91,14 +92,21 @@ def test_a_file_named_in_full_is_replaced_and_a_made_name_is_not(deployment: Dep
 def test_previews_are_written_beside(tmp_path: Path) -> None:
     with Deployment(permits=0) as deployment:
         # Previews are lossy: they are made only once the command watches.
-        command = [sys.executable, "-m", "streamflow.cli", "generate", "a ring", "--preview", "2"]
-        command += ["-o", str(tmp_path / "ring.png")]
-        with subprocess.Popen([*command, "--steps", "4", "--address", deployment.address]) as process:
-            deployment.wait_for_watcher()
-            deployment.allow(1)
-            assert process.wait(30) == 0
-    assert opened(tmp_path / "ring.png").size == (64, 64)
+        worker = in_thread(lambda: (deployment.wait_for_watcher(), deployment.allow(1)))
+        arguments = ["--steps", "4", "--preview", "2", "--address", deployment.address]
+        result = run("generate", "a ring", "-o", str(tmp_path / "ring.png"), *arguments)
+        worker.join()
+    assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == {"ring.png", "ring-step02.jpg", "ring-step04.jpg"}
+    assert opened(tmp_path / "ring-step04.jpg").size == (16, 16)
+
+
+def test_a_preview_as_text_has_two_pixels_a_character() -> None:
+    image = Image.new("RGB", (2, 2), "red")
+    image.putpixel((0, 1), (0, 0, 255))
+    text = half_blocks(image, columns=2)
+    assert text.plain == "▀▀\n"
+    assert [str(span.style) for span in text.spans] == ["#ff0000 on #0000ff", "#ff0000 on #ff0000"]
 
 
 def test_img2img(deployment: Deployment) -> None:
@@ -131,11 +139,11 @@ def test_errors_are_one_line(deployment: Deployment, arguments: list[str], code:
     assert "Traceback" not in result.output
 
 
-def test_the_program_exits_likewise(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "streamflow.cli", "status", "--address", "127.0.0.1:1"]
+def test_the_program_exits_likewise() -> None:
+    command = [sys.executable, "-m", "streamflow.cli", "up", "--model", "/nowhere"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert answer.returncode == 1
-    assert answer.stderr.startswith("streamflow: 127.0.0.1:1: no StreamFlow gateway answers")
+    assert answer.stderr.startswith("streamflow: model: got '/nowhere'")
     assert answer.stderr.count("\n") == 1
 
 

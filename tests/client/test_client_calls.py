@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +184,8 @@ def test_keys_are_sent_and_never_shown() -> None:
                 client.generate("a ring")
 
 
-@pytest.mark.parametrize("call", [lambda client: client.generate("a ring"), lambda client: client.models()])
-def test_a_gateway_that_is_not_there_is_given_up_soon(call: Callable[[Client], object]) -> None:
+def test_a_gateway_that_is_not_there_is_given_up_soon() -> None:
     # Port 1 is never listened on here.
-    with (
-        Client("127.0.0.1:1", connect_timeout_s=0.5) as client,
-        pytest.raises(UnavailableError, match=r"127.0.0.1:1: no"),
-    ):
-        call(client)
+    client = Client("127.0.0.1:1", connect_timeout_s=0.5)
+    with client, pytest.raises(UnavailableError, match=r"127.0.0.1:1: no StreamFlow gateway answers"):
+        client.generate("a ring")

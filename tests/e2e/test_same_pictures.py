@@ -53,8 +53,8 @@ async def test_forty_concurrent_requests_share_one_mixed_batch(
     assert denoiser["mixed_ticks_total"] > denoiser["ticks_total"] / 2
     assert denoiser["ticks_total"] < sum(wish.options["steps"] for wish in asked) / 2
     # Both decoders worked, and each image was finished once.
-    assert all(decoder["images_total"] > 0 for decoder in decoders)
-    assert sum(decoder["images_total"] for decoder in decoders) == 40
+    assert all(decoder["ended_total"] > 0 for decoder in decoders)
+    assert sum(decoder["ended_total"] for decoder in decoders) == 40
 
 
 async def test_without_deterministic_mode_the_differences_are_rounding(

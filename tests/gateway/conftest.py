@@ -64,6 +64,7 @@ class Worker:
     """
 
     transport: Transport
+    stop: asyncio.Event
     gate: asyncio.Event = field(default_factory=asyncio.Event)
     fail: dict[int, Failure] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -76,8 +77,8 @@ class Worker:
                 tasks.create_task(self._loop(stage), name=f"worker {stage}")
 
     async def _loop(self, stage: Stage) -> None:
-        while True:
-            for entry in await self.transport.read(stage, f"{stage}-1", 8, block_s=0.5):
+        while not self.stop.is_set():
+            for entry in await self.transport.read(stage, f"{stage}-1", 8, block_s=0.2):
                 self.entries.append(entry)
                 await getattr(self, f"_{stage}")(entry)
 
@@ -118,10 +119,10 @@ class Deployment:
 
     def __init__(self, transport: Transport, stack: AsyncExitStack, tasks: asyncio.TaskGroup) -> None:
         self.transport = transport
-        self.worker = Worker(transport)
+        self._stop = asyncio.Event()
+        self.worker = Worker(transport, self._stop)
         self._stack = stack
         self._tasks = tasks
-        self._started: list[asyncio.Task[None]] = []
 
     def start_worker(self, *, open_gate: bool = True) -> Worker:
         if open_gate:
@@ -130,11 +131,11 @@ class Deployment:
         return self.worker
 
     def start(self, work: Any, name: str) -> None:
-        self._started.append(self._tasks.create_task(work, name=name))
+        self._tasks.create_task(work, name=name)
 
     def stop(self) -> None:
-        for task in self._started:
-            task.cancel()
+        self._stop.set()
+        self.worker.gate.set()
 
     async def gateway(self, *, keys: str = "", **options: Any) -> Gateway:
         values = {"host": "localhost", "port": 0, "reap_interval_s": 0.1, "drain_grace_s": 0.5, **options}
@@ -148,7 +149,7 @@ class Deployment:
         service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
         server = RpcServer(settings, services=[service], keys=api_keys, on_drain=pipeline.drain)
         await self._stack.enter_async_context(server)
-        self.start(keep_up(self.transport, server, every_s=settings.reap_interval_s), "upkeep")
+        self.start(keep_up(self.transport, server, every_s=settings.reap_interval_s, stop=self._stop), "upkeep")
         channel = await self._stack.enter_async_context(open_aio_channel(Target(server.address)))
         return Gateway(server, channel, gateway_pb2_grpc.GatewayStub(channel))
 
@@ -171,13 +172,14 @@ def make_transport(request: pytest.FixtureRequest) -> Callable[[Limits], Transpo
 @pytest.fixture
 async def deploy(make_transport: Callable[[Limits], Transport]) -> AsyncIterator[Callable[..., Deployment]]:
     """`deploy(max_jobs=...)` makes a deployment."""
-    async with asyncio.TaskGroup() as tasks, AsyncExitStack() as stack:
-        made: list[Deployment] = []
+    made: list[Deployment] = []
+    # Left in this order: servers and channels, then the tasks, then what both use.
+    async with AsyncExitStack() as transports, asyncio.TaskGroup() as tasks, AsyncExitStack() as servers:
 
         def make(**limits: int) -> Deployment:
             transport = make_transport(Limits(**limits))
-            stack.push_async_callback(transport.close)
-            made.append(Deployment(transport, stack, tasks))
+            transports.push_async_callback(transport.close)
+            made.append(Deployment(transport, servers, tasks))
             return made[-1]
 
         yield make

@@ -277,6 +277,25 @@ async def test_a_job_that_is_watched_outlives_its_lease(deploy, until):
     assert (await read_until(watched, "done")).state == types_pb2.JOB_STATE_IMAGES
 
 
+async def test_nothing_is_left_of_clients_that_go_away(deploy, until):
+    gateway = await deploy().gateway(watch_lease_s=600)
+    submitted = await gateway.stub.Submit(request())
+    calls = [gateway.stub.Watch(watch(submitted.request_id)) for _ in range(20)]
+    await asyncio.gather(*(call.read() for call in calls))
+
+    def watchers() -> int:
+        return sum(task.get_name().startswith("watch ") for task in asyncio.all_tasks())
+
+    assert watchers() == 20
+    for call in calls:
+        call.cancel()
+
+    async def gone():
+        return watchers() == 0
+
+    await until(gone)
+
+
 async def test_a_failed_image_ends_the_job_and_says_where(deploy):
     deployment = deploy()
     gateway = await deployment.gateway()

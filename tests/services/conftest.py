@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+import pytest_asyncio
 
 from services.decoder.handler import DecodeHandler
 from services.denoiser.handler import DenoiseHandler
@@ -83,34 +82,31 @@ class Rig:
         return await self.next(stage)
 
 
-@pytest.fixture(scope="module")
-def stages(sd_checkpoint: Path) -> tuple[EncoderStage, DenoiserStage, DecoderStage]:
-    return (
-        EncoderStage.load(sd_checkpoint, device="cpu"),
-        DenoiserStage.load(sd_checkpoint, device="cpu", slots=4),
-        DecoderStage.load(sd_checkpoint, device="cpu"),
-    )
+@dataclass(frozen=True, slots=True)
+class Stages:
+    encoder: EncoderStage
+    denoiser: DenoiserStage
+    decoder: DecoderStage
 
 
-@asynccontextmanager
-async def running(stages: tuple[EncoderStage, DenoiserStage, DecoderStage]) -> AsyncIterator[Rig]:
-    loaded_encoder, denoiser, loaded_decoder = stages
-    # Stages end with their context, so each test has its own around the loaded networks.
-    encoder = EncoderStage(loaded_encoder._text, loaded_encoder._images, loaded_encoder.card)
-    decoder = DecoderStage(loaded_decoder._decoders, loaded_decoder.card)
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stages(sd_checkpoint: Path) -> AsyncIterator[Stages]:
+    """The three stages, running."""
+    async with (
+        EncoderStage.load(sd_checkpoint, device="cpu") as encoder,
+        DenoiserStage.load(sd_checkpoint, device="cpu", slots=4) as denoiser,
+        DecoderStage.load(sd_checkpoint, device="cpu") as decoder,
+    ):
+        yield Stages(encoder, denoiser, decoder)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def rig(stages: Stages) -> Rig:
+    """The stages behind a transport of this test's own."""
     transport = MemoryTransport()
-    async with AsyncExitStack() as stack:
-        for stage in (encoder, denoiser, decoder):
-            await stack.enter_async_context(stage)  # type: ignore[arg-type]
-        handlers: dict[Stage, Handler] = {
-            Stage.ENCODE: EncodeHandler(encoder, transport, cache_s=60.0),
-            Stage.DENOISE: DenoiseHandler(denoiser, transport),
-            Stage.DECODE: DecodeHandler(decoder, transport),
-        }
-        yield Rig(transport, encoder.card, handlers)
-
-
-@pytest.fixture
-async def rig(stages: tuple[EncoderStage, DenoiserStage, DecoderStage]) -> AsyncIterator[Rig]:
-    async with running(stages) as rig:
-        yield rig
+    handlers: dict[Stage, Handler] = {
+        Stage.ENCODE: EncodeHandler(stages.encoder, transport, cache_s=60.0),
+        Stage.DENOISE: DenoiseHandler(stages.denoiser, transport),
+        Stage.DECODE: DecodeHandler(stages.decoder, transport),
+    }
+    return Rig(transport, stages.encoder.card, handlers)

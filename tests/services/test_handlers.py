@@ -16,18 +16,17 @@ from services.denoiser.handler import DenoiseHandler
 from services.encoder.handler import EncodeHandler
 from streamflow.errors import InvalidRequestError
 from streamflow.host import handoff
-from streamflow.stages.decoder import DecoderStage
 from streamflow.stages.denoiser import DenoiserStage
-from streamflow.stages.encoder import EncoderStage
 from streamflow.stages.imaging import decode_rgb, encode_image
 from streamflow.transport import codec
 from streamflow.transport.base import ImageRef, NewJob, PreviewTask
 from streamflow.transport.worker import Advance, Finish
 from streamflow.types import DecoderKind, DenoiseJob, EncodeJob, ImageFormat, JobState, Stage
 from streamflow.v1 import gateway_pb2, types_pb2
-from tests.services.conftest import Rig
+from tests.services.conftest import Rig, Stages
 
-Stages = tuple[EncoderStage, DenoiserStage, DecoderStage]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
 PICTURE = np.stack(np.broadcast_arrays(np.arange(64)[None, :] * 3, np.arange(64)[:, None] * 3, 90), -1).astype(np.uint8)
 MASK = np.zeros((64, 64), np.uint8)
 MASK[:, 32:] = 255
@@ -57,14 +56,14 @@ async def test_a_guided_image_equals_what_the_stages_make_by_themselves(rig: Rig
     assert isinstance(outcome.result, bytes)
     stored = types_pb2.StoredImage.FromString(outcome.result)
 
-    encoder, denoiser, decoder = stages
-    [alone] = encoder.encode([EncodeJob("b", "no", guided=True)])
+    [alone] = stages.encoder.encode([EncodeJob("b", "no", guided=True)])
     for name, tensors in (("cond", alone.conditioning), ("neg", alone.negative or {})):
         kept = await rig.transport.get_cached(encoded.payload[name].decode(), keep_s=1)
         assert kept is not None
         np.testing.assert_allclose(codec.decode_tensors(kept)["prompt_embeds"], tensors["prompt_embeds"], atol=1e-5)
     job = DenoiseJob(alone.conditioning, 2, 3.0, "euler", 1, 64, 64, negative=alone.negative)
-    pixels = decoder.decode(np.stack(denoiser.run([job])), DecoderKind.TINY)[0]
+    latents = DenoiserStage(stages.denoiser._denoiser).run([job])
+    pixels = stages.decoder.decode(np.stack(latents), DecoderKind.TINY)[0]
     assert np.abs(decode_rgb(stored.data, size=(64, 64)).astype(int) - pixels).max() <= 1
 
     info = stored.info
@@ -95,7 +94,7 @@ async def test_init_image_and_mask_keep_what_lies_outside_the_mask(rig: Rig, sta
     init = codec.decode(await rig.transport.get_blob(encoded.payload["init"].decode()) or b"")
     mask = codec.decode(await rig.transport.get_blob(encoded.payload["mask"].decode()) or b"")
     assert np.array_equal(mask, np.repeat([[0.0] * 8 + [1.0] * 8], 16, axis=0))
-    [alone] = stages[0].encode([EncodeJob("a red", init_image=PICTURE)])
+    [alone] = stages.encoder.encode([EncodeJob("a red", init_image=PICTURE)])
     np.testing.assert_allclose(init, alone.init_latents, atol=1e-5)
 
     denoised = await rig.step(Stage.DENOISE)
@@ -205,9 +204,10 @@ async def test_previews_wait_while_there_is_work(rig: Rig) -> None:
 async def test_cancelling_the_handler_frees_the_slot(rig: Rig, stages: Stages) -> None:
     await rig.admit(rig.spec(steps=100))
     await rig.step(Stage.ENCODE)
-    denoiser = stages[1]
+    denoiser = stages.denoiser
+    before = denoiser.counters["ticks_total"]
     working = asyncio.create_task(rig.handle(await rig.next(Stage.DENOISE)), name="denoise")
-    while not denoiser.counters["ticks_total"]:  # noqa: ASYNC110 the engine's counters have no event
+    while denoiser.counters["ticks_total"] == before:  # noqa: ASYNC110 the engine's counters have no event
         await asyncio.sleep(0.001)
     assert denoiser.slots_in_use == 1
     working.cancel()

@@ -16,9 +16,11 @@ from streamflow.stages.imaging import encode_image
 from streamflow.transport import codec
 from streamflow.transport.base import ImageRef, PreviewTask
 from streamflow.transport.worker import Advance
-from streamflow.types import ImageFormat, Stage
+from streamflow.types import Failure, ImageFormat, Stage
 from streamflow.v1 import encoder_pb2, types_pb2
 from tests.services.conftest import Rig
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 GOOD = np.zeros((4, 16, 16), np.float32)
 
@@ -166,6 +168,7 @@ async def test_every_stage_refuses_a_specification_that_cannot_be(rig: Rig) -> N
                 payload = {"cond": b"0" * 64, "latents": codec.encode(GOOD)}
                 assert await rig.transport.advance(entry, following, payload)
                 entry = await rig.next(following)
+        assert await rig.transport.finish(entry, Failure("INTERNAL", name))
 
 
 PNG = encode_image(np.zeros((64, 64, 3), np.uint8), ImageFormat.PNG)

@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -16,6 +16,7 @@ from streamflow.errors import InvalidRequestError
 from streamflow.transport import codec
 from streamflow.v1 import types_pb2
 
+few = settings(max_examples=40, deadline=None)
 arrays = st.sampled_from(sorted(codec.DTYPES)).flatmap(
     lambda name: hnp.arrays(name, hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 )
@@ -25,6 +26,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+@few
 @given(arrays)
 def test_round_trip(array):
     decoded = codec.decode(codec.encode(array))
@@ -32,6 +34,7 @@ def test_round_trip(array):
     decoded.fill(0)  # writable
 
 
+@few
 @given(st.dictionaries(st.text(max_size=8), arrays, max_size=4))
 def test_named_round_trip(tensors):
     data = codec.encode_tensors(tensors)
@@ -47,6 +50,7 @@ def test_memory_and_byte_order_do_not_matter():
         assert codec.encode(other) == codec.encode(array)
 
 
+@few
 @given(arrays, st.data())
 def test_a_changed_byte_never_gives_another_array(array, data):
     encoded = bytearray(codec.encode(array))
@@ -62,6 +66,7 @@ def test_a_changed_byte_never_gives_another_array(array, data):
     assert decoded.tobytes() == array.tobytes()
 
 
+@few
 @given(st.binary(max_size=200))
 def test_random_bytes_give_an_array_or_our_error(data):
     for decode in (codec.decode, codec.decode_tensors):

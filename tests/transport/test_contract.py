@@ -476,16 +476,15 @@ async def test_subscribers_are_woken_and_get_events(world):
         assert await anext(events) is None
         # Also without a change there is a wake-up about every second.
         assert await anext(unrelated) is None
-        assert await anext(unrelated) is None
         assert asyncio.get_running_loop().time() - started > 0.9
 
 
 async def test_a_slow_subscriber_loses_the_oldest_events(transport):
     async with transport.subscribe("a") as events, transport.subscribe("a") as last:
-        for k in range(1000):
+        for k in range(300):
             await transport.publish("a", b"%d" % k)
         async with asyncio.timeout(10):
-            while await anext(last) != b"999":
+            while await anext(last) != b"299":
                 pass
         assert int(await anext(events)) > 0
 

@@ -14,14 +14,14 @@ import pytest
 
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
 from streamflow.transport.base import ImageRef, NewJob, Transport
-from streamflow.transport.embedded import EmbeddedRedis
+from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
 from streamflow.transport.worker import Advance, Backoff, EntryContext, Finish, Outcome, StageWorker
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 from tests.transport.worlds import FAST, World, redis_binary
 
 QUIET = {"waiting": 0, "encode": 0, "denoise": 0, "decode": 0}
 # Beats come every quarter of it; a busy machine must not take a live worker for a dead one.
-STEADY = replace(FAST, lease_s=2.0)
+STEADY = replace(FAST, lease_s=1.5)
 
 
 def new_job(job_id: str = "a", **fields) -> NewJob:
@@ -238,8 +238,8 @@ async def test_work_that_gets_on_may_take_long(world, eventually):
 
     async def handle(context: EntryContext) -> Outcome:
         context_of.append(context)
-        for _ in range(30):
-            await asyncio.sleep(0.1)  # 3 s together: more than the lease and the progress time-out
+        for _ in range(20):
+            await asyncio.sleep(0.1)  # 2 s together: more than the lease and the progress time-out
             context.progress()
         return Finish(b"picture")
 
@@ -307,9 +307,12 @@ async def test_a_drain_waits_for_what_is_in_hand(steady, eventually):
         hold.let_go.set()
         report = await draining
         await run
-    assert (report.finished, report.handed_back) == (3, 0)
+    assert report.finished == 3
     assert (await steady.job("a")).state is JobState.IMAGES
-    assert not (await steady.job("later")).state.terminal
+    # A read that was under way may have got it, but nobody began with it.
+    assert len(hold.seen) == 3
+    [entry] = await steady.read(Stage.ENCODE, "other", 9, block_s=0)
+    assert (entry.ref.job_id, entry.attempt) == ("later", 1)
     assert await steady.workers() == []
 
 
@@ -356,15 +359,24 @@ def test_a_worker_without_room_is_a_mistake(transport):
 # -- processes that die ----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+async def one_world(deployment: str, request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    """Processes take long to start, and both versions of Redis have been compared above."""
+    has_7 = any(redis_version(binary).startswith("7.") for binary in find_redis_server())
+    world = World(deployment, request.getfixturevalue("redis_7" if has_7 else "redis_62"))
+    yield world
+    await world.close()
+
+
 def spawn(world: World, worker_id: str, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.transport.lone_worker", world.server.url, world.deployment, worker_id, how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-async def test_work_of_a_killed_process_goes_to_another(redis_world, eventually):
-    transport = redis_world.open(policy=FAST)
+async def test_work_of_a_killed_process_goes_to_another(one_world, eventually):
+    transport = one_world.open(policy=FAST)
     await transport.admit(new_job(num_images=2))
-    with spawn(redis_world, "killed", "hangs") as process:
+    with spawn(one_world, "killed", "hangs") as process:
         lines = [await asyncio.to_thread(process.stdout.readline) for _ in range(2)]
         assert sorted(lines) == ["a:0 1\n", "a:1 1\n"]
         process.kill()
@@ -375,10 +387,10 @@ async def test_work_of_a_killed_process_goes_to_another(redis_world, eventually)
     assert sorted(hold.seen) == [("a:0", 2), ("a:1", 2)]
 
 
-async def test_a_terminated_process_hands_back_at_once(redis_world):
-    transport = redis_world.open(policy=replace(FAST, lease_s=600))
+async def test_a_terminated_process_hands_back_at_once(one_world):
+    transport = one_world.open(policy=replace(FAST, lease_s=600))
     await transport.admit(new_job(num_images=2))
-    with spawn(redis_world, "terminated", "hangs") as process:
+    with spawn(one_world, "terminated", "hangs") as process:
         for _ in range(2):
             await asyncio.to_thread(process.stdout.readline)
         process.send_signal(signal.SIGTERM)
@@ -387,12 +399,12 @@ async def test_a_terminated_process_hands_back_at_once(redis_world):
     assert [entry.attempt for entry in entries] == [1, 1]
 
 
-async def test_an_image_that_kills_its_workers_is_given_up(redis_world, eventually):
-    transport = redis_world.open(policy=FAST)
+async def test_an_image_that_kills_its_workers_is_given_up(one_world, eventually):
+    transport = one_world.open(policy=FAST)
     await transport.admit(new_job())
     attempts = []
     for k in range(3):
-        with spawn(redis_world, f"w{k}", "dies") as process:
+        with spawn(one_world, f"w{k}", "dies") as process:
             attempts.append(await asyncio.to_thread(process.stdout.readline))
             assert await asyncio.to_thread(process.wait) == -signal.SIGKILL
     assert attempts == ["a:0 1\n", "a:0 2\n", "a:0 3\n"]

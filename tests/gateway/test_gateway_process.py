@@ -1,0 +1,155 @@
+"""`python -m gateway` as a process, over a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from gateway.__main__ import main
+from streamflow.rpc.channels import Target, key_metadata, open_aio_channel
+from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+
+pytestmark = pytest.mark.timeout(120)
+
+NAME = "streamflow.v1.Gateway"
+CONFIGS = {
+    "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+    "unet/config.json": {"in_channels": 4, "out_channels": 4, "sample_size": 8},
+    "vae/config.json": {"block_out_channels": [8, 8, 8, 8]},
+    "scheduler/scheduler_config.json": {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+    "tokenizer/tokenizer_config.json": {"model_max_length": 77},
+}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """What the gateway reads of a checkpoint: its configs."""
+    for name, config in CONFIGS.items():
+        path = tmp_path / "tiny" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(config))
+    return tmp_path / "tiny"
+
+
+class Process:
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[dict[str, object]] = []
+
+    async def log(self, event: str) -> dict[str, object]:
+        """The next line of this event; AssertionError when the process ends without it."""
+        assert self.process.stderr is not None
+        while text := await self.process.stderr.readline():
+            self.lines.append(json.loads(text))
+            if self.lines[-1]["event"] == event:
+                return self.lines[-1]
+        raise AssertionError(f"no {event!r} in {self.lines}")
+
+
+async def spawn(*options: object) -> asyncio.subprocess.Process:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAMFLOW_")}
+    command = [sys.executable, "-m", "gateway", *map(str, options)]
+    return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE, env=environment)
+
+
+@pytest.fixture
+def run(checkpoint: Path, redis_url: str) -> Callable[..., object]:
+    @asynccontextmanager
+    async def start(*options: object) -> AsyncIterator[tuple[Process, grpc.aio.Channel]]:
+        given = ("--model", checkpoint, "--redis-url", redis_url, "--port", 0, *options)
+        process = Process(await spawn(*given))
+        try:
+            address = str((await process.log("serving"))["address"])
+            async with open_aio_channel(Target(address)) as channel:
+                yield process, channel
+        finally:
+            if process.process.returncode is None:
+                process.process.kill()
+                await process.process.wait()
+
+    return start
+
+
+async def readiness(channel: grpc.aio.Channel) -> AsyncIterator[int]:
+    async for message in health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=NAME)):
+        yield message.status
+
+
+async def test_it_serves_until_it_is_told_to_stop(run):
+    async with run("--drain-grace-s", "0.2") as (process, channel):
+        ready = readiness(channel)
+        while await anext(ready) != health_pb2.HealthCheckResponse.SERVING:
+            pass
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        model = (await stub.ListModels(gateway_pb2.ListModelsRequest())).models[0]
+        assert (model.name, model.default_width, model.size_multiple) == ("tiny", 64, 8)
+        secret = "a prompt that nobody else may read"
+        job = await stub.Submit(types_pb2.GenerateRequest(prompts=[secret]))
+        assert (await process.log("admitted"))["job"] == job.request_id
+        process.process.send_signal(signal.SIGTERM)
+        assert await anext(ready) == health_pb2.HealthCheckResponse.NOT_SERVING
+        await process.log("stopped")
+        assert await process.process.wait() == 0
+        assert secret not in json.dumps(process.lines)
+
+
+async def test_keys_come_from_a_file(run, tmp_path):
+    (tmp_path / "keys").write_text("key-alice alice\n")
+    async with run("--api-keys-file", tmp_path / "keys") as (_, channel):
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ListModels(gateway_pb2.ListModelsRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert (await stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=key_metadata("key-alice"))).models
+
+
+async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
+    async with run("--redis-url", f"redis://127.0.0.1:{unused_tcp_port}/0") as (process, channel):
+        await process.log("transport takes no work")
+        health = health_pb2_grpc.HealthStub(channel)
+        expected = {"": health_pb2.HealthCheckResponse.SERVING, NAME: health_pb2.HealthCheckResponse.NOT_SERVING}
+        for name, status in expected.items():
+            assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == status
+        request = types_pb2.GenerateRequest(prompts=["x"])
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway_pb2_grpc.GatewayStub(channel).Submit(request, timeout=30)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--model", "nowhere"), "model_index.json"),
+        (("--tls-cert", "only.pem"), "tls_key"),
+        (("--port", "70000"), "65535"),
+        (("--api-keys-file", "nowhere"), "nowhere"),
+        (("--no-such-option", "1"), "no-such-option"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_said_in_a_few_lines(checkpoint, capsys, options, said):
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(["--model", str(checkpoint), *options])
+    finally:
+        root.handlers[:], root.level = handlers, level
+    assert caught.value.code not in (0, None)
+    assert said in f"{caught.value.code} {capsys.readouterr().err}"
+
+
+async def test_it_never_imports_torch():
+    code = "import sys, gateway.__main__; sys.exit('torch' in sys.modules)"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    assert await process.wait() == 0
