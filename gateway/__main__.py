@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         # An option for every setting, such as --redis-url.
         settings = GatewaySettings(
-            _cli_parse_args=sys.argv[1:] if argv is None else argv,  # type: ignore[call-arg]
+            _cli_parse_args=sys.argv[1:] if argv is None else argv,
             _cli_prog_name="python -m gateway",
             _cli_kebab_case=True,
         )

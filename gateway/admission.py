@@ -8,18 +8,24 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 
 from streamflow.config import GatewaySettings
 from streamflow.errors import DeadlineError, InvalidRequestError
-from streamflow.flow.catalog import first_step, parse_sampler
+from streamflow.flow.catalog import first_step
 from streamflow.rpc import convert
 from streamflow.types import ModelCard
 from streamflow.v1 import types_pb2
+from streamflow.validation import (
+    MAX_GUIDANCE_SCALE,
+    check_guidance_scale,
+    check_prompt,
+    check_sampler,
+    check_size,
+    check_steps,
+)
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-MAX_GUIDANCE_SCALE = 100.0
 DEFAULT_STRENGTH = 0.8
 
 # Rectified-flow pipelines of diffusers count the steps of img2img upwards.
@@ -127,23 +133,14 @@ def _check_prompts(request: types_pb2.GenerateRequest, card: ModelCard, settings
         raise InvalidRequestError("prompts", f"{len(request.prompts)} prompts", f"1 to {settings.max_prompts}")
     for number, prompt in enumerate(request.prompts):
         field = f"prompts[{number}]"
-        _check_text(field, prompt, settings)
-        if not prompt.strip():
-            raise InvalidRequestError(field, prompt, "some text", "say what the picture should show")
-    _check_text("negative_prompt", request.negative_prompt, settings)
-
-
-def _check_text(field: str, text: str, settings: GatewaySettings) -> None:
-    if len(text) > settings.max_prompt_chars:
-        raise InvalidRequestError(field, text, f"at most {settings.max_prompt_chars} characters")
-    bad = next((char for char in text if unicodedata.category(char) == "Cc" and char not in "\t\n\r"), None)
-    if bad is not None:
-        raise InvalidRequestError(field, text, "text without control characters", f"remove U+{ord(bad):04X}")
+        check_prompt(field, prompt, max_chars=settings.max_prompt_chars)
+    negative = request.negative_prompt
+    check_prompt("negative_prompt", negative, max_chars=settings.max_prompt_chars, may_be_empty=True)
 
 
 def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
     if request.HasField("steps"):
-        _check_range("steps", request.steps, 1, card.max_steps)
+        check_steps(card, request.steps)
     if num_images(request) > settings.max_images:
         allowed = f"at most {settings.max_images} images over all prompts"
         raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
@@ -152,23 +149,20 @@ def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings:
 
 def _check_guidance(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
     if request.HasField("guidance_scale"):
-        _check_range("guidance_scale", request.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+        check_guidance_scale(request.guidance_scale)
     if request.HasField("true_cfg_scale"):
         if card.family not in _TRUE_CFG_FAMILIES:
             hint = f"{card.name} has guidance_scale only"
             raise InvalidRequestError("true_cfg_scale", request.true_cfg_scale, "leave it out", hint)
         _check_range("true_cfg_scale", request.true_cfg_scale, 0, MAX_GUIDANCE_SCALE)
     if request.sampler.strip():
-        name, _ = parse_sampler(request.sampler)
-        if name not in card.samplers:
-            raise InvalidRequestError("sampler", request.sampler, "one of " + ", ".join(card.samplers))
+        check_sampler(card, request.sampler)
 
 
 def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
-    multiple = card.size_multiple
-    for field, value, most in (("width", request.width, card.max_width), ("height", request.height, card.max_height)):
-        if value and (value % multiple or value > most):
-            raise InvalidRequestError(field, value, f"multiples of {multiple} from {multiple} to {most}")
+    for field, size_px in (("width", request.width), ("height", request.height)):
+        if size_px:
+            check_size(card, field, size_px)
     filled = types_pb2.GenerateRequest(
         prompts=request.prompts,
         num_images=request.num_images,

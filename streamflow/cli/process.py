@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from contextlib import suppress
 from typing import Protocol
 
 from streamflow.errors import StreamFlowError, UnavailableError
+from streamflow.processes import dying_with_parent
 
 OnLine = Callable[[str, str], None]
 """Takes the name of a program and one line that it wrote."""
@@ -31,15 +31,6 @@ _LONGEST_DELAY_S = 10.0
 _WELL_AFTER_S = 30.0
 _LAST_LINES = 20
 _DRAIN_S = 0.5
-
-# The signal outlives exec. The parent may be gone before it is set; then its id is no longer the one that was given.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class Program(Protocol):
@@ -77,10 +68,9 @@ class Command:
         return self._process.pid
 
     async def start(self) -> None:
-        launcher = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
         # Not in a worker thread: the child dies with the thread that started it.
         self._process = subprocess.Popen(  # noqa: ASYNC220
-            [*launcher, *self._argv],
+            dying_with_parent(self._argv),
             env=self._environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -85,7 +85,11 @@ def from_rpc_error(error: grpc.RpcError) -> StreamFlowError:
     code: grpc.StatusCode = error.code()
     message: str = error.details() or code.name
     metadata: Iterable[Any] = error.trailing_metadata() or ()
-    return from_status(code.name, message, _detail(metadata))
+    detail = _detail(metadata)
+    if code is grpc.StatusCode.CANCELLED and not detail:
+        # No job was cancelled: a server that shuts down ends calls that it had not begun in this way.
+        return UnavailableError(f"the call was broken off: {message}")
+    return from_status(code.name, message, detail)
 
 
 def from_status(code: str, message: str, detail: Mapping[str, Any] | None = None) -> StreamFlowError:
@@ -129,10 +133,10 @@ def _innermost(error: Exception) -> Exception:
 
 def _trailers(error: StreamFlowError) -> tuple[tuple[str, str | bytes], ...]:
     names = ("field", "given", "allowed", "hint", "retry_after_s", "stage")
-    detail = {name: getattr(error, name) for name in names if getattr(error, name, "")}
+    detail = {"code": error.code} | {name: getattr(error, name) for name in names if getattr(error, name, "")}
     data = json.dumps(detail).encode()
     trailers: list[tuple[str, str | bytes]] = []
-    if detail and len(data) <= _MAX_DETAIL_BYTES:
+    if len(data) <= _MAX_DETAIL_BYTES:
         trailers.append((DETAIL_KEY, data))
     if isinstance(error, BusyError):
         trailers.append((PUSHBACK_KEY, str(max(1, round(error.retry_after_s * 1000)))))

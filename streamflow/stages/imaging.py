@@ -9,7 +9,6 @@ a little smaller.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import io
 import json
 import logging
@@ -25,6 +24,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.processes import die_with_parent
 from streamflow.types import ImageFormat
 
 METADATA_KEY = "streamflow"
@@ -32,7 +32,6 @@ MAX_PIXELS = 4_000_000
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 
 _EXIF_DESCRIPTION = 0x010E
-_PR_SET_PDEATHSIG = 1
 _log = logging.getLogger(__name__)
 
 
@@ -183,14 +182,10 @@ class ImagePool:
     def _start(self) -> ProcessPoolExecutor:
         # Spawn: forking a process that runs torch and gRPC threads can deadlock.
         context = get_context("spawn")
-        return ProcessPoolExecutor(
-            self._workers, mp_context=context, initializer=_die_with_parent, initargs=(os.getpid(),)
-        )
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_child, initargs=(os.getpid(),))
 
 
-def _die_with_parent(parent_pid: int) -> None:
-    """Linux: this process is killed when its parent ends in whatever way, and Ctrl-C is the parent's business."""
+def _start_child(parent_pid: int) -> None:
+    # Ctrl-C is the parent's business.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent_pid:
-        os._exit(1)
+    die_with_parent(parent_pid)

@@ -79,6 +79,10 @@ class NewJob:
     watch_lease_s: float | None = None
     traceparent: str = ""
 
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise ValueError(f"num_images: got {self.num_images}; allowed: 1 or more")
+
 
 @dataclass(frozen=True, slots=True)
 class Admission:

@@ -12,7 +12,6 @@ import secrets
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,18 +20,9 @@ from types import TracebackType
 import redis
 
 from streamflow.errors import UnavailableError
+from streamflow.processes import dying_with_parent
 
 _START_TIMEOUT_S = 20.0
-
-# PR_SET_PDEATHSIG outlives exec, so the server dies with us even when we are killed. The parent may already be gone
-# before the signal is set; then its id is no longer the one that we were given.
-_DIE_WITH_PARENT = """
-import ctypes, os, sys
-ctypes.CDLL(None).prctl(1, 9)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 def find_redis_server() -> list[Path]:
@@ -145,7 +135,7 @@ class EmbeddedRedis:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [sys.executable, "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), str(self._binary), "-"],
+            dying_with_parent([str(self._binary), "-"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

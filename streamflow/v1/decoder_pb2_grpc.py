@@ -6,7 +6,7 @@ import warnings
 from streamflow.v1 import decoder_pb2 as streamflow_dot_v1_dot_decoder__pb2
 from streamflow.v1 import types_pb2 as streamflow_dot_v1_dot_types__pb2
 
-GRPC_GENERATED_VERSION = '1.85.1'
+GRPC_GENERATED_VERSION = '1.74.0'
 GRPC_VERSION = grpc.__version__
 _version_not_supported = False
 
@@ -19,14 +19,14 @@ except ImportError:
 if _version_not_supported:
     raise RuntimeError(
         f'The grpc package installed is at version {GRPC_VERSION},'
-        + ' but the generated code in streamflow/v1/decoder_pb2_grpc.py depends on'
+        + f' but the generated code in streamflow/v1/decoder_pb2_grpc.py depends on'
         + f' grpcio>={GRPC_GENERATED_VERSION}.'
         + f' Please upgrade your grpc module to grpcio>={GRPC_GENERATED_VERSION}'
         + f' or downgrade your generated code using grpcio-tools<={GRPC_VERSION}.'
     )
 
 
-class DecoderStub:
+class DecoderStub(object):
     """Missing associated documentation comment in .proto file."""
 
     def __init__(self, channel):
@@ -52,7 +52,7 @@ class DecoderStub:
                 _registered_method=True)
 
 
-class DecoderServicer:
+class DecoderServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Decode(self, request, context):
@@ -100,7 +100,7 @@ def add_DecoderServicer_to_server(servicer, server):
 
 
  # This class is part of an EXPERIMENTAL API.
-class Decoder:
+class Decoder(object):
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod

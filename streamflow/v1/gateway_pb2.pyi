@@ -49,7 +49,7 @@ class Accepted(_message.Message):
     sampler: str
     width: int
     height: int
-    def __init__(self, seed: _Optional[int] = ..., num_images: _Optional[int] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., attached: _Optional[bool] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
+    def __init__(self, seed: _Optional[int] = ..., num_images: _Optional[int] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., attached: bool = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("position", "estimate_s")

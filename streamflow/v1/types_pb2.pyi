@@ -67,7 +67,7 @@ class OutputOptions(_message.Message):
     quality: int
     decoder: DecoderKind
     embed_metadata: bool
-    def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., decoder: _Optional[_Union[DecoderKind, str]] = ..., embed_metadata: _Optional[bool] = ...) -> None: ...
+    def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., decoder: _Optional[_Union[DecoderKind, str]] = ..., embed_metadata: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
     __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach")
@@ -111,7 +111,7 @@ class GenerateRequest(_message.Message):
     preview_interval_steps: int
     priority: Priority
     detach: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: _Optional[bool] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "stage")
@@ -234,7 +234,7 @@ class StageStatus(_message.Message):
     draining: bool
     uptime_s: float
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, stage: _Optional[str] = ..., worker_id: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., slots: _Optional[int] = ..., slots_in_use: _Optional[int] = ..., backlog: _Optional[int] = ..., draining: _Optional[bool] = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(self, stage: _Optional[str] = ..., worker_id: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., slots: _Optional[int] = ..., slots_in_use: _Optional[int] = ..., backlog: _Optional[int] = ..., draining: bool = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_s",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -165,6 +166,19 @@ def test_cancel_ends_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         result = run("cancel", "mine", "--address", deployment.address)
         assert result.output == "mine: cancelled\n"
         assert deployment.state("mine") is JobState.CANCELLED
+
+
+def test_ctrl_c_cancels_the_job_and_leaves_no_traceback() -> None:
+    with Deployment(permits=0) as deployment:
+        command = [sys.executable, "-m", "streamflow.cli", "generate", "a ring", "--address", deployment.address]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            deployment.wait_for_watcher()
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=30)
+        assert process.returncode != 0
+        assert "Traceback" not in errors
+        (request_id,) = _jobs(deployment)
+        assert deployment.state(request_id) is JobState.CANCELLED
 
 
 def _jobs(deployment: Deployment) -> list[str]:

@@ -19,7 +19,6 @@ from PIL import Image
 
 from gateway.pipeline import Pipeline
 from gateway.servicer import GatewayServicer
-from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings
 from streamflow.rpc import convert
 from streamflow.rpc.auth import ApiKeys
@@ -240,7 +239,7 @@ class Deployment:
         await self.transport.register(DENOISER, lease_s=600)
         await server.__aenter__()
         self.server, self.port = server, server.port
-        self._upkeep = asyncio.create_task(keep_up(self.transport, server, every_s=0.1), name="upkeep")
+        self._upkeep = asyncio.create_task(_reap(self.transport), name="reap")
 
     async def _kill_gateway(self) -> None:
         await _cancel(self._upkeep)
@@ -259,6 +258,12 @@ class Deployment:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(PATIENCE_S)
         self._loop.close()
+
+
+async def _reap(transport: MemoryTransport) -> None:
+    while True:
+        await transport.reap()
+        await asyncio.sleep(0.1)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -23,7 +23,7 @@ async def test_denoiser_killed_in_the_middle_of_twenty_requests(
     answers = asyncio.gather(*(wish.ask(client) for wish in asked))
     # Some images are through and others under way when it is killed.
     before = (await counters(deployment, "denoiser-1"))["images_total"]
-    while (await counters(deployment, "denoiser-1"))["images_total"] < before + 3:
+    while (await counters(deployment, "denoiser-1"))["images_total"] < before + 3:  # noqa: ASYNC110 - another process
         await asyncio.sleep(0.02)
     await deployment.kill("denoiser-1")
     for wish, files in zip(asked, await answers, strict=True):

@@ -559,6 +559,11 @@ async def test_the_registry_forgets_workers_whose_lease_lapsed(transport, eventu
     assert [worker.slots_in_use for worker in await transport.workers()] == [2]
 
 
+def test_a_job_without_images_is_a_mistake():
+    with pytest.raises(ValueError, match="num_images"):
+        new_job(num_images=0)
+
+
 async def test_reading_nothing_is_a_mistake(transport):
     with pytest.raises(ValueError, match="count"):
         await transport.read(ENCODE, "w", 0)

@@ -1,0 +1,32 @@
+"""Children that die with their parent, in whatever way it ends. Linux only.
+
+The kernel sends the signal when the *thread* that started the child ends, so start children in a thread that lives as
+long as they should.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Called in a child: it is killed when its parent ends; it outlives exec."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # The parent may have ended before that was set; then this id is no longer its parent's.
+    if os.getppid() != parent_pid:
+        os._exit(1)
+
+
+def dying_with_parent(argv: Sequence[str]) -> list[str]:
+    """A command line that sets this up and then becomes `argv`; without the time that importing a package takes."""
+    code = (
+        f"import ctypes, os, sys; ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}); "
+        "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    return [sys.executable, "-I", "-S", "-c", code, str(os.getpid()), *argv]
