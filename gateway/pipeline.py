@@ -227,7 +227,6 @@ class Pipeline:
         read_at_s = self._clock()
         while self._clock() - read_at_s < _READ_AGAIN_S:
             published = await anext(wakes, None)
-            _raise_swallowed_cancellation()
             if self._stopping:
                 raise UnavailableError("this gateway is shutting down; watch the job through another one")
             if published is None:
@@ -235,11 +234,3 @@ class Pipeline:
             event = story.live(published)
             if event is not None:
                 yield event
-
-
-def _raise_swallowed_cancellation() -> None:
-    # asyncio.wait_for of Python 3.11, which redis-py sends its commands with, loses a cancellation now and then; the
-    # stream of a client that has gone would follow its job, and keep it watched, to the end.
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError

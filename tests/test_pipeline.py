@@ -19,14 +19,9 @@ def pipeline(sd_checkpoint: Path) -> Pipeline:
 
 
 def test_images_equal_the_reference_pipeline(sd_checkpoint: Path, pipeline: Pipeline) -> None:
-    from diffusers import StableDiffusionPipeline
+    from tests.families.test_sd import load_reference
 
-    from tests.families.test_sd import SequentialFlow
-
-    scheduler = SequentialFlow.from_pretrained(sd_checkpoint / "scheduler")
-    reference = StableDiffusionPipeline.from_pretrained(sd_checkpoint, scheduler=scheduler, dtype=torch.float32)
-    reference.set_progress_bar_config(disable=True)
-    theirs = reference(
+    theirs = load_reference(sd_checkpoint)(
         "a b",
         num_inference_steps=4,
         sigmas=[1.0, 0.75, 0.5, 0.25],

@@ -133,9 +133,11 @@ class RpcServer:
 
     async def drain(self) -> None:
         """Not ready, new calls refused, work under way finished or handed back, stopped; safe to repeat."""
-        if self._draining:
-            return
         grace_s = self._settings.drain_grace_s
+        if self._draining:
+            # Somebody else began; nobody leaves before the server has stopped.
+            await self._server.stop(grace_s + _CUT_AFTER_S)
+            return
         _log.info("draining", address=self.address, grace_s=grace_s)
         self._draining = True
         await self.set_ready(False)

@@ -29,44 +29,49 @@ class SequentialFlow(FlowMatchEulerDiscreteScheduler):
     init_noise_sigma = 1.0
 
 
-@pytest.fixture(scope="module")
-def reference(sd_checkpoint: Path) -> StableDiffusionPipeline:
-    scheduler = SequentialFlow.from_pretrained(sd_checkpoint / "scheduler")
-    pipeline = StableDiffusionPipeline.from_pretrained(sd_checkpoint, scheduler=scheduler, dtype=torch.float32)
+def load_reference(folder: Path) -> StableDiffusionPipeline:
+    """The pipeline of diffusers; it runs the same schedule when called with `sigmas`."""
+    scheduler = SequentialFlow.from_pretrained(folder / "scheduler")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, scheduler=scheduler, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def stage(sd_checkpoint: Path) -> DenoiserStage:
-    return DenoiserStage.load(sd_checkpoint, device="cpu", slots=8)
+def reference(sd_checkpoint: Path) -> StableDiffusionPipeline:
+    return load_reference(sd_checkpoint)
 
 
 def relative(actual: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.parametrize("checkpoint", ["sd_checkpoint", "shapes"])
 def test_latents_equal_the_reference_for_all_steps_and_guidance_in_one_batch(
-    sd_checkpoint: Path, reference: StableDiffusionPipeline, stage: DenoiserStage
+    checkpoint: str, request: pytest.FixtureRequest
 ) -> None:
     """The whole mix runs in one batch; the reference runs one by one."""
-    encoder = families.load_text_encoder(sd_checkpoint, **FLOAT)
-    conditioning, negative = encoder.encode(["a b c", "blue"])
+    folder = request.getfixturevalue(checkpoint)
+    stage, reference = DenoiserStage.load(folder, device="cpu", slots=8), load_reference(folder)
+    prompt, negative_prompt = "a red circle", "a blue ring"
+    encoder = families.load_text_encoder(folder, **FLOAT)
+    conditioning, negative = encoder.encode([prompt, negative_prompt])
+    size = stage.card.default_height
     cases = [(steps, guidance) for steps in (1, 2, 4, 7, 25) for guidance in (1.0, 4.0)]
     jobs = [
-        DenoiseJob(conditioning, steps, guidance, "euler", 10 + k, 64, 64, negative=negative)
+        DenoiseJob(conditioning, steps, guidance, "euler", 10 + k, size, size, negative=negative)
         for k, (steps, guidance) in enumerate(cases)
     ]
     for k, ((steps, guidance), latents) in enumerate(zip(cases, stage.run(jobs), strict=True)):
         expected = reference(
-            "a b c",
-            negative_prompt="blue",
+            prompt,
+            negative_prompt=negative_prompt,
             num_inference_steps=steps,
             sigmas=[1 - i / steps for i in range(steps)],
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(10 + k),
-            height=64,
-            width=64,
+            height=size,
+            width=size,
             output_type="latent",
         ).images[0]
         assert relative(latents, expected.numpy()) < 1e-4, (steps, guidance)

@@ -121,6 +121,19 @@ async def test_a_call_that_never_ends_is_cut_after_the_grace_period(serve, servi
         assert isinstance(from_rpc_error(caught.value), UnavailableError)
 
 
+async def test_whoever_drains_as_well_waits_until_it_has_stopped(serve, servicer):
+    async with serve() as (server, channel):
+        events = aiter(gateway_pb2_grpc.GatewayStub(channel).Generate(types_pb2.GenerateRequest()))
+        await anext(events)
+        drains = [asyncio.create_task(server.drain()) for _ in range(2)]
+        done, _ = await asyncio.wait(drains, timeout=0.2)
+        assert not done
+        drains[0].cancel()
+        servicer.release.set()
+        await drains[1]
+        assert [event async for event in events] == []
+
+
 async def test_a_port_that_is_taken_is_reported(serve):
     async with serve() as (server, _):
         with pytest.raises(UnavailableError, match="choose another"):
