@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
 
+from streamflow.errors import UnavailableError
 from streamflow.transport.redis_client import redis_errors
 
 log = logging.getLogger(__name__)
@@ -74,10 +75,14 @@ class RedisEvents:
     @asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator[asyncio.Queue[bytes]]:
         """Once entered, every event that is published from now on is put into the queue."""
-        with self._boxes.open(channel) as queue:
-            await self._subscribe(channel)
-            yield queue
-        await self._unsubscribe_if_unused(channel)
+        try:
+            with self._boxes.open(channel) as queue:
+                await self._subscribe(channel)
+                yield queue
+        finally:
+            # Without Redis the channel stays subscribed: its messages find no box, which costs little.
+            with suppress(UnavailableError):
+                await self._unsubscribe_if_unused(channel)
 
     async def close(self) -> None:
         while self._reader is not None and not self._reader.done():

@@ -260,6 +260,17 @@ async def test_nothing_is_lost_when_redis_is_killed(own_world):
     assert dict(entry.payload) == {"latents": b"\x00"}
 
 
+async def test_a_watcher_that_breaks_off_leaves_no_subscription(own_world):
+    transport = own_world.open()
+    with pytest.raises(RuntimeError, match="the watcher's own"):
+        async with transport.subscribe("a"):
+            raise RuntimeError("the watcher's own")
+    with redis_py.Redis.from_url(own_world.server.url) as client:
+        async with asyncio.timeout(10):
+            while client.pubsub_channels():
+                await asyncio.sleep(0.01)
+
+
 async def test_what_cannot_be_reached_is_unavailable():
     transport = RedisTransport.from_url("redis://127.0.0.1:1/0")
 
