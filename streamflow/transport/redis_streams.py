@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 
@@ -75,7 +75,7 @@ class RedisTransport:
         self._policy = policy or Policy()
         self._calls = Calls(client, self._keys, self._policy)
         self._events = RedisEvents(client)
-        self._in_hand: dict[str, set[str]] = {}
+        self._in_hand: dict[str, dict[str, Entry]] = {}
 
     @classmethod
     def from_url(
@@ -191,14 +191,15 @@ class RedisTransport:
     async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
         if count < 1:
             raise ValueError(f"count: got {count}; allowed: 1 or more")
-        in_hand = self._in_hand.setdefault(worker_id, set())
+        in_hand = self._in_hand.setdefault(worker_id, {})
         now_s, taken = await self._take(stage, worker_id, count, in_hand)
         if not taken and block_s > 0:
             started_s = time.monotonic()
             taken = await self._wait(stage, worker_id, count, in_hand, min(block_s, _MAX_BLOCK_S))
             now_s += time.monotonic() - started_s
-        in_hand.update(delivery.id for delivery in taken)
-        return [entry_from(stage, delivery, now_s=now_s) for delivery in taken]
+        entries = [entry_from(stage, delivery, now_s=now_s) for delivery in taken]
+        in_hand.update((entry.id, entry) for entry in entries)
+        return entries
 
     async def spec(self, job_id: str) -> bytes:
         spec: bytes | None = await self._calls.command("HGET", self._keys.job(job_id), "spec")
@@ -234,7 +235,9 @@ class RedisTransport:
         args = [arg for entry in beaten.values() for arg in (entry.id, entry.ref.job_id, entry.ref.index)]
         reply = await self._calls.script("heartbeat", stage.value, worker_id, *args)
         lost, cancelled = (frozenset(entry_id.decode() for entry_id in ids) for ids in reply)
-        self._put_down(beaten[entry_id] for entry_id in lost | cancelled)
+        # An entry that was handed back and taken again meanwhile is in hand anew.
+        in_hand = self._in_hand.get(worker_id, {})
+        self._put_down(beaten[id_] for id_ in lost | cancelled if in_hand.get(id_) is beaten[id_])
         return Heartbeat(lost, cancelled)
 
     async def hand_back(
@@ -321,7 +324,9 @@ class RedisTransport:
                 hashes = await pipeline.execute()
         return [job_from(name, fields) for name, fields in zip(names, hashes, strict=True) if fields]
 
-    async def _take(self, stage: Stage, worker_id: str, count: int, in_hand: set[str]) -> tuple[float, list[Delivery]]:
+    async def _take(
+        self, stage: Stage, worker_id: str, count: int, in_hand: Collection[str]
+    ) -> tuple[float, list[Delivery]]:
         lease_ms, deliveries = int(self._policy.lease_s * 1000), self._policy.max_deliveries
         now, taken = await self._calls.script(
             "take", stage.value, stage.service, worker_id, count, lease_ms, deliveries, *in_hand
@@ -329,7 +334,7 @@ class RedisTransport:
         return float(now), taken_by_script(taken)
 
     async def _wait(
-        self, stage: Stage, worker_id: str, count: int, in_hand: set[str], block_s: float
+        self, stage: Stage, worker_id: str, count: int, in_hand: Collection[str], block_s: float
     ) -> list[Delivery]:
         call = ("XREADGROUP", "GROUP", _GROUP, worker_id, "COUNT", count, "BLOCK", max(1, int(block_s * 1000)))
         try:
@@ -343,6 +348,6 @@ class RedisTransport:
         return [delivery for delivery in taken_by_read(reply) if delivery.id not in in_hand]
 
     def _put_down(self, entries: Iterable[Entry]) -> None:
-        ids = {entry.id for entry in entries}
-        for in_hand in self._in_hand.values():
-            in_hand -= ids
+        for entry in entries:
+            for in_hand in self._in_hand.values():
+                in_hand.pop(entry.id, None)

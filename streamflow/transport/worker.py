@@ -312,17 +312,18 @@ class StageWorker:
     async def _keep_leases(self) -> None:
         while True:
             await asyncio.sleep(self._transport.lease_s / 4)
-            entries = [context.entry for context, _ in self._in_hand.values()]
-            if not entries:
+            beaten = dict(self._in_hand)
+            if not beaten:
                 continue
             try:
+                entries = [context.entry for context, _ in beaten.values()]
                 beat = await self._transport.heartbeat(self._stage, self._worker_id, entries)
             except _TRANSIENT as error:
                 log.warning("%s: no heartbeat: %s", self._stage.service, error)
                 continue
             for entry_id in beat.lost | beat.cancelled:
-                if entry_id in self._in_hand:
-                    self._in_hand[entry_id][1].cancel()
+                # Not the task that took the same entry anew since the beat was sent.
+                beaten[entry_id][1].cancel()
             self.counters["lost_total"] += len(beat.lost)
             self.counters["cancelled_total"] += len(beat.cancelled)
 

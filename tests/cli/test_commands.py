@@ -168,9 +168,17 @@ def test_cancel_ends_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
         assert deployment.state("mine") is JobState.CANCELLED
 
 
+# Whoever runs the tests in the background has SIGINT ignored, which children inherit.
+WITH_CTRL_C = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("streamflow.cli", run_name="__main__")
+"""
+
+
 def test_ctrl_c_cancels_the_job_and_leaves_no_traceback() -> None:
     with Deployment(permits=0) as deployment:
-        command = [sys.executable, "-m", "streamflow.cli", "generate", "a ring", "--address", deployment.address]
+        command = [sys.executable, "-c", WITH_CTRL_C, "generate", "a ring", "--address", deployment.address]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             deployment.wait_for_watcher()
             process.send_signal(signal.SIGINT)

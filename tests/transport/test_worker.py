@@ -6,14 +6,14 @@ import asyncio
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
-from streamflow.transport.base import ImageRef, NewJob, Transport
+from streamflow.transport.base import Entry, Heartbeat, ImageRef, NewJob, Transport
 from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
 from streamflow.transport.worker import Advance, Backoff, EntryContext, Finish, Outcome, StageWorker
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
@@ -230,6 +230,30 @@ async def test_work_that_does_not_get_on_is_stopped(steady, eventually):
         view = await eventually(ended(steady))
     assert attempts == [1, 2, 3]
     assert (view.state, view.failure.code) == (JobState.ERROR, "INTERNAL")
+
+
+async def test_a_late_beat_does_not_stop_the_next_attempt(steady, eventually, monkeypatch):
+    attempts, again = [], asyncio.Event()
+
+    async def late_beat(stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
+        """The answer for the first attempt comes during the second one."""
+        lost = frozenset(entry.id for entry in entries if entry.attempt == 1)
+        await again.wait()
+        return Heartbeat(lost=lost)
+
+    async def handle(context: EntryContext) -> Outcome:
+        attempts.append(context.entry.attempt)
+        if context.entry.attempt == 1:
+            await asyncio.Event().wait()
+        again.set()
+        await asyncio.sleep(0.5)
+        return Finish(b"picture")
+
+    monkeypatch.setattr(steady, "heartbeat", late_beat)
+    async with running(make_worker(steady, handle, progress_timeout_s=1.0)):
+        await steady.admit(new_job())
+        view = await eventually(ended(steady))
+    assert (view.state, attempts) == (JobState.IMAGES, [1, 2])
 
 
 async def test_work_that_gets_on_may_take_long(world, eventually):
