@@ -1,0 +1,1 @@
+"""Makes models/shapes: a small latent rectified-flow model of coloured shapes, from code alone."""
