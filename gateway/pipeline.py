@@ -95,7 +95,7 @@ class Pipeline:
         timeout_s = admission.timeout_s(remaining_s, self._settings)
         key = JobKey(tenant, filled.request_id)
         spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
-        await self._store_images(request, spec, keep_s=timeout_s + _BLOB_MARGIN_S)
+        stored = await self._store_images(request, spec)
         new = NewJob(
             id=key.job_id,
             digest=admission.digest(request),
@@ -108,6 +108,8 @@ class Pipeline:
             watch_lease_s=None if detach else self._settings.watch_lease_s,
         )
         attached = await self._admit(new, key)
+        for data in stored:
+            await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
         prompts = fingerprint("\n".join(request.prompts))
         _log.info("admitted", job=new.id, attached=attached, images=new.num_images, prompts=prompts)
         return key, attached
@@ -126,11 +128,10 @@ class Pipeline:
         self._counters.add("attached_total" if attached else "admitted_total")
         return attached
 
-    async def _store_images(
-        self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec, *, keep_s: float
-    ) -> None:
+    async def _store_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec) -> list[bytes]:
+        """Stores init image and mask for a minute, enough to be admitted: those of a refused request soon go."""
         if not request.init_image:
-            return
+            return []
         async with self._decoding:
             sources = await asyncio.to_thread(
                 images.prepare,
@@ -140,9 +141,11 @@ class Pipeline:
                 height=spec.request.height,
                 max_pixels=self._settings.max_image_pixels,
             )
-        spec.init_image_blob = await self._transport.put_blob(sources.init, keep_s=keep_s)
-        if sources.mask is not None:
-            spec.mask_blob = await self._transport.put_blob(sources.mask, keep_s=keep_s)
+        spec.init_image_blob = await self._transport.put_blob(sources.init, keep_s=_BLOB_MARGIN_S)
+        if sources.mask is None:
+            return [sources.init]
+        spec.mask_blob = await self._transport.put_blob(sources.mask, keep_s=_BLOB_MARGIN_S)
+        return [sources.init, sources.mask]
 
     async def job(self, key: JobKey) -> JobView:
         """Raises NotFoundError, in the words of the client's id."""

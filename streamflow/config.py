@@ -31,7 +31,7 @@ class Settings(BaseSettings):
     reflection: bool = Field(False, description="Answer gRPC server reflection")
     max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
     drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")
-    lease_s: float = Field(10.0, ge=0.5, description="A worker that makes no progress for so long loses its work")
+    lease_s: float = Field(10.0, ge=0.5, description="A worker that is not heard of for so long loses its work")
 
 
 class StageSettings(Settings):

@@ -25,6 +25,8 @@ from streamflow.types import DenoiseJob, Stage, Tensors
 
 PROGRESS_INTERVAL_S = 0.1
 PREVIEW_INTERVAL_S = 0.5
+# A preview that no decoder took by then is of no use to anybody.
+PREVIEW_KEEP_S = 5.0
 
 _log = get_logger(__name__)
 
@@ -54,6 +56,10 @@ class DenoiseHandler:
     def __init__(self, stage: DenoiserStage, transport: Transport) -> None:
         self._stage, self._transport = stage, transport
         self.counters: Counter[str] = Counter()
+
+    async def watch(self) -> None:
+        """Returns never. Raises UnavailableError when the engine has ended."""
+        await self._stage.watch()
 
     async def __call__(self, context: EntryContext) -> Outcome:
         """Advances the image to the decoder, or back to the encoder when a tensor is gone.
@@ -152,7 +158,7 @@ class DenoiseHandler:
     async def _offer(self, entry: Entry, previews: Latest[_Preview]) -> None:
         async for step, latents in previews:
             try:
-                payload = await handoff.pack_latents(self._transport, latents, keep_s=handoff.KEEP_MARGIN_S)
+                payload = await handoff.pack_latents(self._transport, latents, keep_s=PREVIEW_KEEP_S, admitted=False)
                 await self._transport.push_preview(PreviewTask(entry.ref, step, payload))
             except (UnavailableError, BusyError) as error:
                 _log.debug("preview not offered", image=str(entry.ref), reason=str(error))

@@ -62,12 +62,18 @@ def reference(payload: Payload, name: str) -> str | None:
     return value.decode()
 
 
-async def pack_latents(transport: Transport, latents: np.ndarray, *, keep_s: float) -> dict[str, bytes]:
-    """Payload fields for latents of admitted work: by value where they are small, else by reference."""
+async def pack_latents(
+    transport: Transport, latents: np.ndarray, *, keep_s: float, admitted: bool = True
+) -> dict[str, bytes]:
+    """Payload fields for latents: by value where they are small, else by reference.
+
+    Args:
+        admitted: for admitted work, which goes on when the store is full; previews do not.
+    """
     data = codec.encode(latents)
     if len(data) <= MAX_INLINE_BYTES:
         return {LATENTS: data}
-    return {LATENTS_BLOB: (await transport.put_blob(data, keep_s=keep_s, admitted=True)).encode()}
+    return {LATENTS_BLOB: (await transport.put_blob(data, keep_s=keep_s, admitted=admitted)).encode()}
 
 
 async def unpack_latents(transport: Transport, payload: Payload) -> np.ndarray | None:

@@ -149,6 +149,12 @@ class DenoiserStage:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
+    async def watch(self) -> None:
+        """Returns never. Raises UnavailableError when the engine has ended: only a new process helps then."""
+        if self._runner is None:
+            raise RuntimeError("enter the stage first: async with DenoiserStage(...) as stage")
+        await self._runner.watch()
+
     async def denoise(
         self, job: DenoiseJob, *, on_progress: OnProgress | None = None, on_preview: OnPreview | None = None
     ) -> np.ndarray:

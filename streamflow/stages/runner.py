@@ -61,6 +61,7 @@ class EngineRunner:
         self._slots = asyncio.Semaphore(engine.capacity)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._error: BaseException | None = None
+        self._ended = asyncio.Event()
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -73,6 +74,15 @@ class EngineRunner:
         await asyncio.to_thread(self._thread.join)
         for watcher in self._watchers.values():
             watcher.latents.cancel()
+
+    async def watch(self) -> None:
+        """Returns never; a process whose engine has ended should end too, so that it is started anew.
+
+        Raises:
+            UnavailableError: the engine's thread has ended.
+        """
+        await self._ended.wait()
+        raise UnavailableError("the denoiser's engine has ended; restart the denoiser") from self._error
 
     @property
     def in_use(self) -> int:
@@ -186,5 +196,6 @@ class EngineRunner:
 
     def _break(self, error: BaseException) -> None:
         self._error = error
+        self._ended.set()
         for handle in list(self._watchers):
             self._fail(handle, UnavailableError(f"the denoiser's engine ended: {type(error).__name__}"))

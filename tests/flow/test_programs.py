@@ -102,6 +102,14 @@ def test_strength_outside_its_range_is_refused(strength: float) -> None:
         first_step(10, strength, round_up=False)
 
 
+def test_strength_counts_the_same_from_float32() -> None:
+    for steps in range(1, 101):
+        for strength in (k / 20 for k in range(20, 0, -1)):
+            if int(strength * steps) > 0:
+                as_sent = torch.tensor(strength).item()
+                assert first_step(steps, as_sent, round_up=False) == first_step(steps, strength, round_up=False)
+
+
 def test_strength_that_leaves_no_step_says_what_to_do() -> None:
     with pytest.raises(InvalidRequestError, match=r"at least 0\.25 with 4 steps; raise strength or steps"):
         first_step(4, 0.2, round_up=False)

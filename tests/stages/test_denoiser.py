@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.errors import GenerationError, InvalidRequestError, UnavailableError
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.types import DenoiseJob
 from tests.checkpoints import TOKENS
@@ -87,6 +88,27 @@ async def test_a_bad_image_fails_alone(stage: DenoiserStage) -> None:
     assert isinstance(good, np.ndarray)
     assert isinstance(bad, GenerationError)
     assert "not finite" in str(bad)
+
+
+async def test_an_engine_that_ended_says_so_to_its_process(
+    sd_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = DenoiserStage.load(sd_checkpoint, device="cpu", slots=2)
+
+    def lost(report: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(stage._engine, "_retire", lost)
+    # The thread's own traceback goes to the hook for threads, which the tests would take for a failure.
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    async with stage:
+        watch = asyncio.create_task(stage.watch())
+        with pytest.raises(UnavailableError):
+            await stage.denoise(job())
+        with pytest.raises(UnavailableError, match="restart"):
+            await watch
+        with pytest.raises(UnavailableError, match="restart"):
+            await stage.denoise(job())
 
 
 async def test_leaving_the_stage_ends_what_is_under_way(stage: DenoiserStage) -> None:
