@@ -39,7 +39,7 @@ check-protos: protos  ## Fail when the committed generated code is not that of p
 	git diff --exit-code -- streamflow/v1
 
 model: $(STAMP)  ## Train the built-in model again (about 3 hours on 2 cores, minutes on a GPU)
-	$(BIN)/python -m training all
+	$(BIN)/python -m training all --fresh
 
 clean:  ## Remove what was made here, the virtual environment too
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -66,8 +66,7 @@ def train() -> ShapesClassifier:
         return attribute_loss(model(_worn(drawings, generator))[1], targets)
 
     loop.run(step_loss)
-    model.load_state_dict(dict(zip(dict(model.named_parameters()), loop.average, strict=True)))
-    return model.eval()
+    return loop.averaged_copy()
 
 
 def load_classifier() -> ShapesClassifier:

@@ -37,13 +37,12 @@ def train() -> AutoencoderKL:
         return F.l1_loss(decoded, drawings) + 2 * F.mse_loss(decoded, drawings)
 
     loop.run(step_loss)
-    with loop.averaged():
-        return half_copy(vae)
+    return loop.averaged_copy()
 
 
 def run() -> None:
     """Trains, replaces models/shapes/vae and checks the gate."""
-    write_part(train(), "vae")
+    write_part(half_copy(train()), "vae")
     figure = reconstruction_psnr_db(load_vae())
     gate("decoder", "PSNR, dB", figure, GATE_PSNR_DB)
     record_figures("decoder", {"psnr_db": figure})

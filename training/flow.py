@@ -68,8 +68,7 @@ def train() -> UNet2DConditionModel:
             exported_at = time.monotonic()
 
     loop.run(lambda step, generator: pool_loss(unet, pool, CONFIG.batch, generator), on_save=export)
-    with loop.averaged():
-        return half_copy(unet).float().eval()
+    return loop.averaged_copy()
 
 
 def run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 console = Console()
 LossFunction = Callable[[int, torch.Generator], Tensor]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ def one_cycle(step: int, config: LoopConfig) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-class TrainingLoop:
+class TrainingLoop(Generic[Module]):
     """Trains `model` in place. `average` holds the EMA of its parameters, in their order.
 
     Step k draws from a generator seeded by (seed, k) only, so a run that was stopped and resumed equals one that
     was not.
     """
 
-    def __init__(self, name: str, model: nn.Module, config: LoopConfig, *, state_file: Path) -> None:
+    def __init__(self, name: str, model: Module, config: LoopConfig, *, state_file: Path) -> None:
         self.name, self.model, self.config, self.state_file = name, model, config, state_file
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -98,7 +101,7 @@ class TrainingLoop:
         return float(loss.detach())
 
     @contextmanager
-    def averaged(self) -> Iterator[nn.Module]:
+    def averaged(self) -> Iterator[Module]:
         """The model with its EMA weights inside the block."""
         current = [p.detach().clone() for p in self.parameters]
         self._assign(self.average)
@@ -106,6 +109,11 @@ class TrainingLoop:
             yield self.model
         finally:
             self._assign(current)
+
+    def averaged_copy(self) -> Module:
+        """A copy of the model with its EMA weights, to keep and to measure."""
+        with self.averaged() as model:
+            return copy.deepcopy(model).eval()
 
     def save(self) -> None:
         """Writes the state next to its place and renames it: a crash leaves the old state or the new one."""

@@ -22,7 +22,7 @@ from training.samples import write_samples
 START_SHARE = 0.3  # share of the steps at sigma 1, where a one-step sampler spends its only step
 GATE_ACCURACY = 0.85
 GATE_STEPS = 2
-CONFIG = LoopConfig(steps=1000, batch=32, learning_rate=4e-4, ema_decay=0.99)
+CONFIG = LoopConfig(steps=1500, batch=32, learning_rate=4e-4, ema_decay=0.99)
 
 
 def train() -> UNet2DConditionModel:
@@ -43,8 +43,7 @@ def train() -> UNet2DConditionModel:
         return velocity_loss(unet, data, noise, sigmas.to(device()), told)
 
     loop.run(step_loss)
-    with loop.averaged():
-        return half_copy(unet).float().eval()
+    return loop.averaged_copy()
 
 
 def run() -> None:

@@ -74,8 +74,7 @@ def train(tokenizer: CLIPTokenizer) -> Reader:
         return attribute_loss(reader(batch)[complete], wanted[complete])
 
     loop.run(step_loss)
-    reader.load_state_dict(dict(zip(dict(reader.named_parameters()), loop.average, strict=True)), strict=False)
-    return reader.eval()
+    return loop.averaged_copy()
 
 
 @torch.no_grad()

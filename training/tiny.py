@@ -43,8 +43,7 @@ def train(vae: AutoencoderKL) -> AutoencoderTiny:
         return F.l1_loss(decoded, drawings) + F.mse_loss(decoded, drawings) + 0.2 * F.mse_loss(encoded, latents)
 
     loop.run(step_loss)
-    with loop.averaged():
-        return half_copy(tiny).float().eval()
+    return loop.averaged_copy()
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
@@ -66,8 +64,7 @@ def train() -> AutoencoderKL:
         return loss_of(vae, images.to(device()), generator)
 
     loop.run(step_loss)
-    with loop.averaged():
-        return copy.deepcopy(vae).eval()
+    return loop.averaged_copy()
 
 
 @torch.no_grad()
