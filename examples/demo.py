@@ -55,22 +55,22 @@ class Made:
 
 
 SHOTS = (
-    Shot("a large red circle at the left on a white background", 8, 3, 7),
-    Shot("a large red circle at the left on a white background", 1, 1, 7),
-    Shot("a small cyan star above a small orange ring on a gray background", 25, 3, 11),
-    Shot("a small cyan star above a small orange ring on a gray background", 4, 2, 11),
-    Shot("a large yellow triangle in the center on a navy background", 8, 2, 3),
-    Shot("a large green cross at the right on a black background", 4, 4, 5),
-    Shot("a small pink square left of a large blue ring on a white background", 25, 4, 21),
-    Shot("a large purple star at the top on a gray background", 2, 1, 2),
+    Shot("a large red circle at the left on a white background", 8, 1, 0),
+    Shot("a large red circle at the left on a white background", 1, 1, 0),
+    Shot("a small cyan star above a small orange ring on a gray background", 25, 1, 0),
+    Shot("a small cyan star above a small orange ring on a gray background", 4, 1.5, 0),
+    Shot("a large yellow triangle in the center on a navy background", 8, 1.5, 3),
+    Shot("a large green cross at the right on a black background", 4, 1.25, 5),
+    Shot("a small pink square left of a large blue ring on a white background", 25, 1, 0),
+    Shot("a large yellow star at the top on a navy background", 4, 1, 4),
     Shot("a large orange square at the bottom on a navy background", 4, 1, 9),
-    Shot("a small green circle left of a small red triangle on a black background", 8, 3, 13),
-    Shot("a large pink ring on a black background", 2, 2, 17),
-    Shot("a large blue cross above a small yellow circle on a white background", 25, 2, 19),
-    Shot("a large cyan circle in the center on a black background", 1, 2, 31),
-    Shot("a small orange star at the right on a navy background", 8, 4, 29),
+    Shot("a small green circle left of a small red triangle on a black background", 8, 1.5, 13),
+    Shot("a large pink ring on a black background", 2, 1, 6),
+    Shot("a large blue cross above a small yellow circle on a white background", 25, 1.25, 19),
+    Shot("a large cyan circle in the center on a black background", 1, 1, 3),
+    Shot("a small orange star at the right on a navy background", 8, 1, 29),
 )
-REDRAWN = Shot("a large blue circle at the left on a white background", 25, 3, 23, strength=0.7)
+REDRAWN = Shot("a large blue circle at the left on a white background", 25, 1.5, 23, strength=0.7)
 
 OnStep = Callable[[int, int], None]
 """Takes the step that was made and how many there are."""

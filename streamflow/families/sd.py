@@ -48,7 +48,7 @@ def describe(folder: Path, name: str) -> ModelCard:
         default_sampler=advice.get("default_sampler", "euler"),
         samplers=tuple(SAMPLERS),
         decoders=decoders,
-        default_decoder=decoders[0],
+        default_decoder=DecoderKind(advice.get("default_decoder", decoders[0])),
         max_prompt_tokens=read_json(folder, "tokenizer/tokenizer_config.json")["model_max_length"],
         latent_channels=unet["in_channels"],
         latent_factor=factor,
