@@ -1,4 +1,7 @@
-"""The transport within one process: for the fused pipeline and for tests. It keeps the contract of the Redis one."""
+"""The transport within one process: for tests, and for a gateway with its workers in the same process.
+
+It keeps the contract of the Redis one.
+"""
 
 from __future__ import annotations
 

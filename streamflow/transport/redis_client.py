@@ -18,27 +18,36 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import MasterDownError, NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from streamflow.errors import BusyError, UnavailableError
+from streamflow.errors import BusyError, StreamFlowError, UnavailableError
 from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
 
 Argument = str | bytes | int | float
 
 SOCKET_TIMEOUT_S = 5.0
-# Answers of a Redis that is there but cannot take writes now: it loads its data, its disk is full, it is a replica.
-_NOT_NOW = ("LOADING", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
+MAX_CONNECTIONS = 64
+CONNECTION_WAIT_S = 20.0
+# Answers of a Redis that is there but cannot take writes now: it loads its data, its disk is full, it is a replica,
+# or becomes one during a blocked read.
+_NOT_NOW = ("LOADING", "UNBLOCKED", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
 
 
 def connect(url: str) -> redis.Redis:
-    """A client with a pool of connections. Every command is sent up to 4 times within about a second."""
-    return redis.Redis.from_url(
+    """A client with a pool of connections. Every command is sent up to 4 times within about a second.
+
+    More calls at once than there are connections wait for one: each call is short, or blocks for 2 s at most.
+    """
+    pool = redis.BlockingConnectionPool.from_url(
         url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=CONNECTION_WAIT_S,
         protocol=2,
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=2.0,
         health_check_interval=15,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
     )
+    return redis.Redis.from_pool(pool)
 
 
 @contextmanager
@@ -65,6 +74,8 @@ def _cancellation_kept() -> Iterator[None]:
 def _translated() -> Iterator[None]:
     try:
         yield
+    except StreamFlowError:
+        raise  # UnavailableError is an OSError as well
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
         raise UnavailableError(f"Redis cannot be reached: {error}") from error
     except ResponseError as error:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 
 import redis.asyncio as redis
-from redis.exceptions import ResponseError
 
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
 from streamflow.transport.base import (
@@ -31,18 +30,17 @@ from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
 from streamflow.transport.redis_client import Calls, connect, redis_errors
 from streamflow.transport.replies import (
-    Delivery,
     entry_from,
     job_from,
     payload_args,
     preview_from,
-    taken_by_read,
     taken_by_script,
     worker_from,
 )
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
-_GROUP = "workers"
+log = logging.getLogger(__name__)
+
 _MAX_BLOCK_S = 2.0  # well below the socket's time-out, which would break off a longer wait
 _REAP_AT_ONCE = 100
 _PAGE = 100
@@ -124,8 +122,7 @@ class RedisTransport:
         return Admission(answer == b"attached", *map(float, details))
 
     async def job(self, job_id: str) -> JobView:
-        with redis_errors():
-            fields = await self._calls.command("HGETALL", self._keys.job(job_id))
+        fields = await self._calls.command("HGETALL", self._keys.job(job_id))
         if not fields:
             raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
         return job_from(job_id, fields)
@@ -160,6 +157,10 @@ class RedisTransport:
             raise ValueError(f"state: got {state!r}; allowed: a terminal one")
         why = failure or Failure("CANCELLED", "the job was cancelled")
         answer = await self._calls.script("cancel", job_id, state.value, why.code, why.message, why.stage)
+        # All of the job has ended, so that no call of its workers will put these down.
+        self._put_down(
+            [entry for held in self._in_hand.values() for entry in held.values() if entry.ref.job_id == job_id]
+        )
         if answer == -1:
             raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
         return bool(answer)
@@ -192,12 +193,11 @@ class RedisTransport:
         if count < 1:
             raise ValueError(f"count: got {count}; allowed: 1 or more")
         in_hand = self._in_hand.setdefault(worker_id, {})
-        now_s, taken = await self._take(stage, worker_id, count, in_hand)
-        if not taken and block_s > 0:
-            started_s = time.monotonic()
-            taken = await self._wait(stage, worker_id, count, in_hand, min(block_s, _MAX_BLOCK_S))
-            now_s += time.monotonic() - started_s
-        entries = [entry_from(stage, delivery, now_s=now_s) for delivery in taken]
+        until_s = time.monotonic() + min(block_s, _MAX_BLOCK_S)
+        entries, seen = await self._take(stage, worker_id, count, in_hand)
+        # Somebody else may be faster, or what came may not be an image's entry.
+        while not entries and await self._more(stage, seen, until_s - time.monotonic()):
+            entries, seen = await self._take(stage, worker_id, count, in_hand)
         in_hand.update((entry.id, entry) for entry in entries)
         return entries
 
@@ -284,7 +284,11 @@ class RedisTransport:
 
     async def pop_preview(self) -> PreviewTask | None:
         entry = await self._calls.script("pop_preview")
-        return None if entry is None else preview_from(entry[1])
+        try:
+            return None if entry is None else preview_from(entry[1])
+        except (KeyError, ValueError):
+            log.warning("an entry of %s is not a preview", self._keys.preview)
+            return None
 
     # -- everybody ---------------------------------------------------------------------------------------------------
 
@@ -326,26 +330,20 @@ class RedisTransport:
 
     async def _take(
         self, stage: Stage, worker_id: str, count: int, in_hand: Collection[str]
-    ) -> tuple[float, list[Delivery]]:
+    ) -> tuple[list[Entry], bytes]:
+        """Entries for the worker, and up to which id the group has read."""
         lease_ms, deliveries = int(self._policy.lease_s * 1000), self._policy.max_deliveries
-        now, taken = await self._calls.script(
+        now_s, taken, seen = await self._calls.script(
             "take", stage.value, stage.service, worker_id, count, lease_ms, deliveries, *in_hand
         )
-        return float(now), taken_by_script(taken)
+        return [entry_from(stage, delivery, now_s=float(now_s)) for delivery in taken_by_script(taken)], seen
 
-    async def _wait(
-        self, stage: Stage, worker_id: str, count: int, in_hand: Collection[str], block_s: float
-    ) -> list[Delivery]:
-        call = ("XREADGROUP", "GROUP", _GROUP, worker_id, "COUNT", count, "BLOCK", max(1, int(block_s * 1000)))
-        try:
-            reply = await self._calls.command(*call, "STREAMS", self._keys.stream(stage), ">")
-        except ResponseError as error:
-            if not str(error).startswith(("NOGROUP", "UNBLOCKED")):
-                raise
-            await asyncio.sleep(block_s / 10)  # the next read makes the group again
-            return []
-        # After the group was lost, what is in hand comes once more.
-        return [delivery for delivery in taken_by_read(reply) if delivery.id not in in_hand]
+    async def _more(self, stage: Stage, seen: bytes, block_s: float) -> bool:
+        """Waits until the stream has an entry after `seen`; only the script gives entries out, as it checks them."""
+        if block_s <= 0:
+            return False
+        call = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(block_s * 1000)), "STREAMS", self._keys.stream(stage), seen)
+        return bool(await self._calls.command(*call))
 
     def _put_down(self, entries: Iterable[Entry]) -> None:
         for entry in entries:

@@ -32,13 +32,6 @@ def taken_by_script(reply: Iterable[tuple[bytes, int, Sequence[bytes]]]) -> list
     return [Delivery(entry_id.decode(), attempt, _pairs(raw)) for entry_id, attempt, raw in reply]
 
 
-def taken_by_read(
-    reply: Sequence[tuple[bytes, Iterable[tuple[bytes, Mapping[bytes, bytes]]]]] | None,
-) -> list[Delivery]:
-    """What XREADGROUP of one stream answers, as redis-py parses it."""
-    return [Delivery(entry_id.decode(), 1, fields) for _, entries in reply or () for entry_id, fields in entries]
-
-
 def entry_from(stage: Stage, delivery: Delivery, *, now_s: float) -> Entry:
     fields = delivery.fields
     deadline_at_s = float(fields[b"deadline"])

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
 from streamflow.transport.base import Entry, Payload, Transport
@@ -161,7 +162,7 @@ class StageWorker:
         self._changed = asyncio.Event()
         self._draining = asyncio.Event()
         self._stopped = asyncio.Event()
-        self._grace_s = 0.0
+        self._leave_at = inf
         self._read_backoff, self._work_backoff = Backoff(), Backoff()
         self.counters: Counter[str] = Counter()
 
@@ -194,12 +195,14 @@ class StageWorker:
             self._stopped.set()
 
     async def drain(self, grace_s: float) -> DrainReport:
-        """Stops reading, waits up to `grace_s` for what is in hand, hands the rest back; `run` ends."""
+        """Stops reading, waits up to `grace_s` for what is in hand, hands the rest back; `run` ends.
+
+        Of several drains the one that ends first counts.
+        """
         before = self.counters.copy()
-        if not self.draining:
-            self._grace_s = grace_s
-            self._draining.set()
-            self._changed.set()
+        self._leave_at = min(self._leave_at, asyncio.get_running_loop().time() + grace_s)
+        self._draining.set()
+        self._changed.set()
         await self._stopped.wait()
         since = self.counters - before
         return DrainReport(since["ended_total"], since["handed_back_total"])
@@ -237,10 +240,12 @@ class StageWorker:
         context = EntryContext(entry, progress_timeout_s=self._progress_timeout_s)
         task = tasks.create_task(self._work(context), name=f"{self._stage} {entry.ref} attempt {entry.attempt}")
         self._in_hand[entry.id] = context, task
-        task.add_done_callback(lambda _: self._put_down(entry.id))
+        task.add_done_callback(lambda ended: self._put_down(entry.id, ended))
 
-    def _put_down(self, entry_id: str) -> None:
-        del self._in_hand[entry_id]
+    def _put_down(self, entry_id: str, ended: asyncio.Task[None]) -> None:
+        # What was handed back may have been taken again before its first task was seen to end.
+        if self._in_hand.get(entry_id, (None, None))[1] is ended:
+            del self._in_hand[entry_id]
         self._changed.set()
 
     # -- one entry ---------------------------------------------------------------------------------------------------
@@ -263,7 +268,6 @@ class StageWorker:
             log.error("%s: no progress on %s for %.1f s", service, entry.ref, self._progress_timeout_s)
             return _HandBack(count_attempt=True)
         except _TRANSIENT as error:
-            self._work_backoff.failures += 1
             log.warning("%s: %s is handed back: %s", service, entry.ref, error)
             return _HandBack(count_attempt=False)
         except DeadlineError as error:
@@ -279,6 +283,9 @@ class StageWorker:
     async def _settle(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> None:
         """Stores an outcome, however long Redis is away: the work is done, and the lease is kept meanwhile."""
         backoff = Backoff()
+        if isinstance(outcome, _HandBack):
+            # Else this worker would take it again at once, and what fails for a moment fails every attempt.
+            self._work_backoff.failures += 1
         while True:
             try:
                 await self._store(entry, outcome)
@@ -344,9 +351,11 @@ class StageWorker:
                     await self._draining.wait()
 
     async def _wait_for_the_rest(self) -> None:
-        tasks = [task for _, task in self._in_hand.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=self._grace_s)
+        while self._in_hand and asyncio.get_running_loop().time() < self._leave_at:
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._leave_at):
+                    await self._changed.wait()
 
     async def _leave(self) -> None:
         try:

@@ -10,9 +10,10 @@ import pytest
 import redis as redis_py
 
 from streamflow.errors import BusyError, NotFoundError, UnavailableError
-from streamflow.transport.base import ImageRef, NewJob
+from streamflow.transport.base import ImageRef, NewJob, PreviewTask
 from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.keys import Keys
+from streamflow.transport.redis_client import redis_errors
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Stage, WorkerInfo
 from tests.transport.worlds import FAST, World, redis_binary
@@ -269,6 +270,85 @@ async def test_a_watcher_that_breaks_off_leaves_no_subscription(own_world):
         async with asyncio.timeout(10):
             while client.pubsub_channels():  # noqa: ASYNC110 - another process
                 await asyncio.sleep(0.01)
+
+
+async def test_more_calls_at_once_than_connections(redis_world):
+    transport = redis_world.open()
+    await transport.admit(new_job())
+    views = await asyncio.gather(*(transport.job("a") for _ in range(250)))
+    assert [view.id for view in views] == ["a"] * 250
+
+
+@pytest.mark.parametrize("version", ["6.2", "7"])
+async def test_what_is_not_an_image_is_put_away(version, deployment, eventually):
+    with EmbeddedRedis(binary=redis_binary(version)) as server, redis_py.Redis.from_url(server.url) as raw:
+        transport = RedisTransport.from_url(server.url, deployment=deployment, policy=FAST)
+        stream = Keys(deployment).stream(ENCODE)
+        reading = asyncio.create_task(transport.read(ENCODE, "w", 1, block_s=2))
+
+        async def blocked():
+            return raw.info("clients")["blocked_clients"]
+
+        await eventually(blocked)
+        image = {"v": 1, "job": "a", "index": 0, "deadline": 9e9, "trace": ""}
+        lacking = [{name: image[name] for name in image if name != lost} for lost in image]
+        for junk in (*lacking, {"x": ""}, {**image, "v": 2}, {**image, "index": "x"}, {**image, "job": "unknown"}):
+            raw.xadd(stream, junk)
+        await transport.admit(new_job())
+        entries = await reading
+        async with asyncio.timeout(10):
+            while not entries:
+                entries = await transport.read(ENCODE, "w", 1)
+        assert await transport.finish(entries[0], b"picture")
+        assert (await transport.job("a")).num_finished == 1
+        assert (raw.xlen(stream), raw.xpending(stream, "workers")["pending"]) == (0, 0)
+        await transport.close()
+
+
+async def test_what_was_given_out_before_and_is_not_an_image_is_put_away(redis_world, raw, deployment):
+    transport = redis_world.open()
+    stream = Keys(deployment).stream(ENCODE)
+    assert await take(transport, ENCODE) == []
+    raw.xadd(stream, {"v": 1})
+    raw.xreadgroup("workers", "w", {stream: ">"})
+    await transport.admit(new_job())
+    assert len(await take(transport, ENCODE)) == 1
+    assert raw.xlen(stream) == raw.xpending(stream, "workers")["pending"] == 1
+
+
+async def test_what_is_not_a_preview_is_dropped(redis_world, raw, deployment):
+    transport = redis_world.open()
+    for junk in ({"x": ""}, {"job": "a", "index": "x", "step": 1}):
+        raw.xadd(Keys(deployment).preview, junk)
+    task = PreviewTask(ImageRef("a", 0), 3, {"latents": b"\x00"})
+    await transport.push_preview(task)
+    assert [await transport.pop_preview() for _ in range(3)] == [None, None, task]
+
+
+async def test_a_reader_holds_any_number_of_entries(redis_world):
+    transport = redis_world.open(policy=replace(FAST, min_window=9000, lease_s=60))
+    await transport.admit(new_job(num_images=8100))
+    entries = await take(transport, ENCODE, count=8100)
+    assert len(entries) == 8100
+    assert await take(transport, ENCODE) == []
+    assert await transport.hand_back(ENCODE, "w", entries, count_attempt=False) == 8100
+
+
+async def test_cancelling_puts_down_what_is_in_hand(redis_world):
+    transport = redis_world.open()
+    await transport.admit(new_job(num_images=2))
+    await transport.admit(new_job("b"))
+    entries = await take(transport, ENCODE, count=3)
+    assert "in hand: 3" in repr(transport)
+    await transport.cancel("a")
+    assert "in hand: 1" in repr(transport)
+    assert await transport.finish(entries[2], b"picture")
+
+
+async def test_an_error_is_translated_once():
+    with pytest.raises(UnavailableError) as failure, redis_errors(), redis_errors():
+        raise ConnectionError("refused")
+    assert str(failure.value) == "Redis cannot be reached: refused"
 
 
 async def test_what_cannot_be_reached_is_unavailable():

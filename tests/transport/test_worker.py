@@ -165,6 +165,58 @@ async def test_a_failure_that_will_pass_does_not_count(steady, eventually):
     assert attempts == [1] * 5
 
 
+async def test_attempts_that_fail_at_once_have_pauses_between_them(steady, eventually):
+    at_s: list[float] = []
+
+    async def handle(context: EntryContext) -> Outcome:
+        at_s.append(asyncio.get_running_loop().time())
+        raise RuntimeError("the network crashed")
+
+    async with running(make_worker(steady, handle, capacity=1)):
+        await steady.admit(new_job())
+        assert (await eventually(ended(steady))).state is JobState.ERROR
+    first, second, third = at_s
+    assert second - first > 0.045
+    assert third - second > 0.095
+
+
+async def test_an_entry_may_come_back_before_its_first_task_is_seen_to_end(world, eventually, monkeypatch):
+    # No beat ends the first task in between.
+    transport = world.open(policy=replace(FAST, lease_s=60))
+    hold, taken_again = Hold(), asyncio.Event()
+    hand_back = transport.hand_back
+
+    async def slow_hand_back(*args, **kwargs) -> int:
+        """The reply comes when the next attempt has begun."""
+        count = await hand_back(*args, **kwargs)
+        if args[2] is not None:
+            await taken_again.wait()
+        return count
+
+    async def handle(context: EntryContext) -> Outcome:
+        if not hold.seen:
+            hold.seen.append(("", 0))
+            raise UnavailableError("a blob store is away")
+        taken_again.set()
+        return await hold(context)
+
+    monkeypatch.setattr(transport, "hand_back", slow_hand_back)
+    worker = make_worker(transport, handle)
+    async with running(worker):
+        await transport.admit(new_job())
+        await eventually(hold.has(2))
+        first = [task for task in asyncio.all_tasks() if task.get_name().endswith("a:0 attempt 1")]
+
+        async def only_one_is_left():
+            return sum(not task.done() for task in first) == 1
+
+        await eventually(only_one_is_left)
+        await asyncio.sleep(0)
+        assert worker.in_hand == 1
+        hold.let_go.set()
+        assert (await eventually(ended(transport))).state is JobState.IMAGES
+
+
 async def test_a_poisonous_image_ends_alone(steady, eventually):
     together: list[set[str]] = []
     in_hand: set[str] = set()
@@ -338,6 +390,22 @@ async def test_a_drain_waits_for_what_is_in_hand(steady, eventually):
     [entry] = await steady.read(Stage.ENCODE, "other", 9, block_s=0)
     assert (entry.ref.job_id, entry.attempt) == ("later", 1)
     assert await steady.workers() == []
+
+
+async def test_a_second_drain_may_be_shorter(steady, eventually):
+    hold = Hold()
+    worker = make_worker(steady, hold)
+    async with running(worker) as run:
+        await steady.admit(new_job())
+        await eventually(hold.has(1))
+        patient = asyncio.create_task(worker.drain(60))
+        await asyncio.sleep(0)
+        assert worker.draining
+        async with asyncio.timeout(10):
+            assert (await worker.drain(0.05)).handed_back == 1
+            assert (await patient).handed_back == 1
+            await run
+    assert hold.cancelled == ["a:0"]
 
 
 async def test_a_drain_hands_back_what_takes_too_long(world, eventually):

@@ -1,5 +1,5 @@
 -- stage, worker, whether the attempt counts (0, 1), entries ...; without entries all that the worker has -> how many
-local _, stage, worker, counts = unpack(ARGV)
+local _, stage, worker, counts = unpack(ARGV, 1, 4)
 local stream = stream_key(stage, C.revision)
 local LONG_AGO_MS = 24 * 3600 * 1000
 local handed_back = 0

@@ -1,5 +1,5 @@
 -- stage, worker, then (entry, job, index) for each -> {lost entries, cancelled entries}
-local _, stage, worker = unpack(ARGV)
+local _, stage, worker = unpack(ARGV, 1, 3)
 local stream = stream_key(stage, C.revision)
 local lost, cancelled = {}, {}
 go_on_when_full()

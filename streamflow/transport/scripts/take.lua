@@ -1,5 +1,6 @@
--- stage, service, worker, count, lease_ms, max_deliveries, entry ids in hand ... -> {now, {id, attempt, fields} ...}
-local _, stage, service, worker, count, lease_ms, max_deliveries = unpack(ARGV)
+-- stage, service, worker, count, lease_ms, max_deliveries, entry ids in hand ...
+-- -> {now, {{id, attempt, fields} ...}, last id read}
+local _, stage, service, worker, count, lease_ms, max_deliveries = unpack(ARGV, 1, 7)
 local stream = stream_key(stage, C.revision)
 count, max_deliveries = tonumber(count), tonumber(max_deliveries)
 local in_hand, num_in_hand = {}, #ARGV - 7
@@ -26,13 +27,18 @@ for _, item in ipairs(pending('IDLE', lease_ms, '-', '+', num_in_hand + count)) 
   if item[2] ~= worker then candidates[#candidates + 1] = item end
 end
 
+-- Whoever else writes to the stream must not stop the stage.
+local function is_well_formed(fields)
+  return fields.v == '1' and fields.job and fields.index and fields.trace and tonumber(fields.deadline or '')
+end
+
 -- The fields of an entry that is still its image's place; others are acknowledged here.
 local function current(id)
   local entry = redis.call('XRANGE', stream, id, id)[1]
   if entry then
     local fields = {}
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-    if place(fields.job, fields.index) == stage .. ':' .. id then return entry[2], fields end
+    if is_well_formed(fields) and place(fields.job, fields.index) == stage .. ':' .. id then return entry[2], fields end
   end
   discard(stream, id)
 end
@@ -45,6 +51,15 @@ local function give_up(id, fields, deliveries)
   end_job(fields.job, 'error', 'cancelled', {'INTERNAL', message, service})
 end
 
+-- Where the next entry will be after.
+local function last_read()
+  for _, group in ipairs(redis.call('XINFO', 'GROUPS', stream)) do
+    local about = {}
+    for i = 1, #group, 2 do about[group[i]] = group[i + 1] end
+    if about.name == GROUP then return about['last-delivered-id'] end
+  end
+end
+
 local taken = {}
 for _, item in ipairs(candidates) do
   local id, deliveries = item[1], item[4]
@@ -55,7 +70,7 @@ for _, item in ipairs(candidates) do
     redis.call('XCLAIM', stream, GROUP, worker, 0, id)
     taken[#taken + 1] = {id, deliveries + 1, raw}
     -- What may have ended a worker is given out alone.
-    if deliveries > 0 then return {seconds(NOW), taken} end
+    if deliveries > 0 then return {seconds(NOW), taken, last_read()} end
   end
 end
 
@@ -67,4 +82,4 @@ if #taken < count then
     if raw then taken[#taken + 1] = {entry[1], 1, raw} end
   end
 end
-return {seconds(NOW), taken}
+return {seconds(NOW), taken, last_read()}
