@@ -6,12 +6,11 @@ import asyncio
 import sys
 
 import grpc
-from pydantic import ValidationError
 
 from gateway.pipeline import Pipeline
 from gateway.servicer import GatewayServicer
 from gateway.upkeep import keep_up
-from streamflow.config import GatewaySettings
+from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError
 from streamflow.families import describe
 from streamflow.rpc.auth import ApiKeys
@@ -64,15 +63,11 @@ def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        # An option for every setting, such as --redis-url.
-        settings = GatewaySettings(
-            _cli_parse_args=sys.argv[1:] if argv is None else argv,
-            _cli_prog_name="python -m gateway",
-            _cli_kebab_case=True,
-        )
+        given = sys.argv[1:] if argv is None else argv
+        settings = settings_from(given, GatewaySettings, program="python -m gateway")
         configure_logging(level=settings.log_level, log_format=settings.log_format, service="gateway")
         asyncio.run(serve(settings))
-    except (ValidationError, StreamFlowError, ValueError, OSError) as error:
+    except (StreamFlowError, ValueError, OSError) as error:
         sys.exit(f"gateway: {error}")
 
 

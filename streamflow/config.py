@@ -7,11 +7,12 @@ option of the same name wins over it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -92,6 +93,23 @@ class ClientSettings(BaseSettings):
     address: str = Field(default="127.0.0.1:50051", description="Address of a gateway")
     api_key: str | None = Field(default=None, description="Key to send with every call", repr=False)
     tls_ca: Path | None = Field(default=None, description="Certificate authority (PEM) to trust; turns TLS on")
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def settings_from(argv: Sequence[str], kind: type[SettingsT], *, program: str) -> SettingsT:
+    """Settings from the environment and from options, one for every setting, such as `--redis-url`.
+
+    Raises:
+        SystemExit: with 0 after `--help`; with 2 and a line for each setting that cannot be used.
+    """
+    try:
+        return kind(_cli_parse_args=list(argv), _cli_prog_name=program, _cli_kebab_case=True)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: got {e['input']!r}; {e['msg']}" for e in error.errors()]
+        print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def child_environment(settings: Mapping[str, object]) -> dict[str, str]:

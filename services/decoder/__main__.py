@@ -1,13 +1,19 @@
-"""`python -m services.decoder`: one decoder. Its settings are environment variables; see streamflow/config.py."""
+"""`python -m services.decoder`: one decoder. --help lists its settings."""
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
+    from streamflow.config import StageSettings, settings_from
+
+    # First, so that --help and wrong values are answered at once.
+    settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.decoder")
+
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.decoder.handler import DecodeHandler
     from services.decoder.servicer import service
-    from streamflow.config import StageSettings
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.decoder import DEFAULT_SLOTS, DecoderStage
     from streamflow.transport.base import Transport
@@ -32,9 +38,7 @@ def main() -> None:
     async def previews(handler: DecodeHandler, worker: StageWorker) -> None:
         await handler.show_previews(idle=lambda: worker.in_hand == 0)
 
-    run_stage(
-        StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews), StageSettings()
-    )
+    run_stage(StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews), settings)
 
 
 if __name__ == "__main__":

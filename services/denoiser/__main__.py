@@ -1,16 +1,23 @@
-"""`python -m services.denoiser`: one denoiser. Its settings are environment variables; see streamflow/config.py."""
+"""`python -m services.denoiser`: one denoiser. --help lists its settings."""
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
+    from streamflow.config import StageSettings, settings_from
+
+    # First, so that --help and wrong values are answered at once.
+    settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.denoiser")
+
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.denoiser.handler import DenoiseHandler
     from services.denoiser.servicer import service
-    from streamflow.config import StageSettings
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
     from streamflow.transport.base import Transport
+    from streamflow.transport.worker import StageWorker
     from streamflow.types import Stage
 
     def load(settings: StageSettings) -> DenoiserStage:
@@ -26,7 +33,10 @@ def main() -> None:
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
         return DenoiseHandler(stage, transport)
 
-    run_stage(StageService(Stage.DENOISE, load=load, handler=handler, servicer=service), StageSettings())
+    async def watch(handler: DenoiseHandler, worker: StageWorker) -> None:
+        await handler.watch()
+
+    run_stage(StageService(Stage.DENOISE, load=load, handler=handler, servicer=service, background=watch), settings)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,19 @@
-"""`python -m services.encoder`: one encoder. Its settings are environment variables; see streamflow/config.py."""
+"""`python -m services.encoder`: one encoder. --help lists its settings."""
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
+    from streamflow.config import StageSettings, settings_from
+
+    # First, so that --help and wrong values are answered at once.
+    settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.encoder")
+
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.encoder.handler import EncodeHandler
     from services.encoder.servicer import service
-    from streamflow.config import StageSettings
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.encoder import DEFAULT_SLOTS, EncoderStage
     from streamflow.transport.base import Transport
@@ -27,7 +33,7 @@ def main() -> None:
     def handler(stage: EncoderStage, transport: Transport, settings: StageSettings) -> EncodeHandler:
         return EncodeHandler(stage, transport, cache_s=settings.prompt_cache_s)
 
-    run_stage(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), StageSettings())
+    run_stage(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), settings)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Network evaluations.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the first image; the next ones count up.")] = None,
-    num_images: Annotated[int, typer.Option("--num-images", "-n", help="Images for each prompt.")] = 1,
+    num_images: Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images for each prompt.")] = 1,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     sampler: Annotated[str | None, typer.Option(help="A name from `streamflow models`.")] = None,
@@ -44,7 +44,10 @@ def generate(
     init_image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[float | None, typer.Option(help="How far it is changed, above 0 to 1.")] = None,
     mask: Annotated[Path | None, typer.Option(help="White = repaint, black = keep.")] = None,
-    preview: Annotated[int, typer.Option(metavar="N", min=0, help="Write and show a preview after every N steps.")] = 0,
+    preview: Annotated[bool, typer.Option("--preview", help="Write and show a preview after every step.")] = False,
+    preview_every: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Write and show a preview after every N steps.")
+    ] = None,
     priority: Annotated[str, typer.Option(help="low, normal or high.")] = "normal",
     model: Annotated[str | None, typer.Option(help="A name from `streamflow models`.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until it is given up.")] = 600.0,
@@ -65,7 +68,7 @@ def generate(
         streamflow generate "a large red circle on a white background" -o circle.png --steps 4 --seed 7
         streamflow generate "a cyan star" "an orange ring" -n 4 -o "out/{index}-{seed}.png" --guidance-scale 3
         streamflow generate "a blue square" --init-image circle.png --strength 0.6 -o square.webp
-        streamflow generate "a green cross" --steps 25 --preview 5 --json
+        streamflow generate "a green cross" --steps 25 --preview-every 5 --json
     """
     from streamflow.cli.progress import show_progress
     from streamflow.client import GenerateOptions
@@ -84,7 +87,7 @@ def generate(
         image=init_image,
         strength=strength,
         mask=mask,
-        preview_interval_steps=preview,
+        preview_interval_steps=preview_every or int(preview),
         priority=priority,
         model=model,
     )

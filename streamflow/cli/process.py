@@ -195,6 +195,9 @@ class Supervised:
             self.last_lines.append(str(error))
             return str(error)
         self._running = True
+        if self._stopping.is_set():
+            # Asked to stop while it started: nobody else will tell it.
+            self._signal(signal.SIGTERM)
         try:
             await _exited(self._program.pid)
         except asyncio.CancelledError:

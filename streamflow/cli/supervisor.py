@@ -57,7 +57,7 @@ class LocalDeployment:
         redis_url: of a running Redis; None = a private one that ends with the deployment.
         data_dir: where the private Redis keeps its data; None = a temporary folder.
         encoders, denoisers, decoders: replicas.
-        deterministic, threads: of every stage.
+        deterministic, threads: of every stage; None = what its environment says.
         slots: of every denoiser; 0 = its default.
         settings: further settings for every process, by field name (see streamflow.config).
         log_dir: a file for each process; None = no files.
@@ -82,9 +82,9 @@ class LocalDeployment:
         encoders: int = 1,
         denoisers: int = 1,
         decoders: int = 1,
-        deterministic: bool = False,
+        deterministic: bool | None = None,
         slots: int = 0,
-        threads: int = 0,
+        threads: int | None = None,
         settings: Mapping[str, object] = MappingProxyType({}),
         log_dir: Path | None = None,
         on_line: OnLine | None = None,
@@ -97,10 +97,10 @@ class LocalDeployment:
         self._host, self._port, self._redis_url, self._data_dir = host, port, redis_url, data_dir
         self._replicas = {"encoder": encoders, "denoiser": denoisers, "decoder": decoders}
         self._slots, self._commands = slots, commands
+        given = {"deterministic": deterministic, "threads": threads}
         self._settings = {
             "model": Path(model).absolute(),
-            "deterministic": deterministic,
-            "threads": threads,
+            **{name: value for name, value in given.items() if value is not None},
             "log_format": "text",
             "drain_grace_s": grace_s,
             **settings,

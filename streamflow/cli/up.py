@@ -20,9 +20,9 @@ def up(
     encoders: Annotated[int, typer.Option(min=0, help="Text encoder processes.")] = 1,
     denoisers: Annotated[int, typer.Option(min=0, help="Denoiser processes.")] = 1,
     decoders: Annotated[int, typer.Option(min=0, help="Decoder processes.")] = 1,
-    deterministic: Annotated[bool, typer.Option(help="Equal bytes whatever runs beside.")] = False,
+    deterministic: Annotated[bool | None, typer.Option(help="Equal bytes whatever runs beside.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Images in a denoiser's batch; 0 = its default.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each stage; 0 = its default.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of each stage; 0 = its default.")] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="A log file for each process here, in place of lines on stderr.")
     ] = None,

@@ -153,6 +153,9 @@ def image_format(name: str) -> ImageFormat:
     return _choice("format", ImageFormat, "jpeg" if name == "jpg" else name)
 
 
+_PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
+
+
 def picture_bytes(field: str, picture: Picture | None) -> bytes:
     """A picture as the bytes of a file; empty for None.
 
@@ -168,7 +171,11 @@ def picture_bytes(field: str, picture: Picture | None) -> bytes:
             return _read(field, Path(picture))
         case Image.Image():
             buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
+            try:
+                # PNG has no CMYK, YCbCr and the like.
+                (picture if picture.mode in _PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
+            except (OSError, ValueError) as error:
+                raise InvalidRequestError(field, picture, "a picture that can be read", str(error)) from error
             return buffer.getvalue()
     raise InvalidRequestError(field, picture, "a PIL image, bytes of a PNG, JPEG or WebP, or the path of one")
 

@@ -21,7 +21,8 @@ if __name__ == "__main__":
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     server.add_insecure_port(f"{settings['STREAMFLOW_HOST']}:{settings['STREAMFLOW_PORT']}")
     server.start()
-    print("slots", settings.get("STREAMFLOW_SLOTS"), "deterministic", settings["STREAMFLOW_DETERMINISTIC"], flush=True)
+    slots, deterministic = (settings.get(f"STREAMFLOW_{name}") for name in ("SLOTS", "DETERMINISTIC"))
+    print("slots", slots, "deterministic", deterministic, flush=True)
     while not stop.wait(0.05):
         pass
     print("stopping", flush=True)

@@ -94,7 +94,7 @@ def test_previews_are_written_beside(tmp_path: Path) -> None:
     with Deployment(permits=0) as deployment:
         # Previews are lossy: they are made only once the command watches.
         worker = in_thread(lambda: (deployment.wait_for_watcher(), deployment.allow(1)))
-        arguments = ["--steps", "4", "--preview", "2", "--address", deployment.address]
+        arguments = ["--steps", "4", "--preview-every", "2", "--address", deployment.address]
         result = run("generate", "a ring", "-o", str(tmp_path / "ring.png"), *arguments)
         worker.join()
     assert result.exit_code == 0, result.output
