@@ -16,8 +16,7 @@ from streamflow.rpc.convert import decoder_to_pb, format_to_pb, preview_event
 from streamflow.stages.decoder import DecoderStage
 from streamflow.telemetry import get_logger
 from streamflow.transport.base import Entry, PreviewTask, Transport
-from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome
-from streamflow.types import Stage
+from streamflow.transport.worker import EntryContext, Finish, Outcome
 from streamflow.v1 import types_pb2
 
 LOOK_AGAIN_S = 0.2
@@ -52,7 +51,7 @@ class DecodeHandler:
             latents = await handoff.unpack_latents(self._transport, entry.payload)
         if latents is None:
             self.counters["sent_back_total"] += 1
-            return Advance(Stage.ENCODE, {handoff.TIMINGS: watch.stop("decode").SerializeToString()})
+            return handoff.send_back(entry, watch.stop("decode"))
         self._check_shape(entry, request, latents)
         data = await self._stage.submit(latents, request.output, metadata=self._metadata(request))
         info = self._info(request, watch.stop("decode"))

@@ -77,10 +77,10 @@ class DenoiseHandler:
             job = await self._job(entry, request)
         except _GoneError:
             self.counters["sent_back_total"] += 1
-            return Advance(Stage.ENCODE, {handoff.TIMINGS: watch.stop("denoise").SerializeToString()})
+            return handoff.send_back(entry, watch.stop("denoise"))
         latents = await self._denoise(context, job)
         payload = await handoff.pack_latents(self._transport, latents, keep_s=handoff.keep_s(entry))
-        payload[handoff.TIMINGS] = watch.stop("denoise").SerializeToString()
+        payload |= handoff.carried(entry, watch.stop("denoise"))
         return Advance(Stage.DECODE, payload)
 
     async def _job(self, entry: Entry, request: ImageRequest) -> DenoiseJob:

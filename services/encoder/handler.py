@@ -47,7 +47,7 @@ class EncodeHandler:
         if request.guided:
             payload[handoff.NEGATIVE] = self._key(request.negative_prompt)
         payload |= await self._images(entry, request)
-        payload[handoff.TIMINGS] = watch.stop("encode").SerializeToString()
+        payload |= handoff.carried(entry, watch.stop("encode"))
         return Advance(Stage.DENOISE, payload, tuple(warning for warning in warnings if warning))
 
     def _key(self, text: str) -> bytes:

@@ -5,6 +5,7 @@ to denoise:  cond, neg      cache key of the prompt's and the negative prompt's 
 to decode:   latents        the tensor itself up to 256 KiB, else
              latents_blob   the SHA-256 of a blob with it
 always:      timings        what the image has cost so far
+             returns        how often the image was sent back because a tensor was gone; absent = never
 """
 
 from __future__ import annotations
@@ -21,15 +22,19 @@ from google.protobuf.message import DecodeError
 from streamflow.errors import GenerationError
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Payload, Transport
-from streamflow.types import ModelCard
+from streamflow.transport.worker import Advance
+from streamflow.types import ModelCard, Stage
 from streamflow.v1 import types_pb2
 
-CONDITIONING, NEGATIVE, INIT, MASK, TIMINGS = "cond", "neg", "init", "mask", "timings"
+CONDITIONING, NEGATIVE, INIT, MASK = "cond", "neg", "init", "mask"
+TIMINGS, RETURNS = "timings", "returns"
 LATENTS, LATENTS_BLOB = "latents", "latents_blob"
 
 MAX_INLINE_BYTES = 256 * 2**10
 KEEP_MARGIN_S = 60.0
 """What an image needs is kept for so long beyond its deadline."""
+
+MAX_RETURNS = 3
 
 _REFERENCE = re.compile(rb"[0-9a-f]{64}")
 
@@ -89,6 +94,29 @@ async def unpack_latents(transport: Transport, payload: Payload) -> np.ndarray |
         raise ValueError(f"neither {LATENTS} nor {LATENTS_BLOB} is there")
     data = await transport.get_blob(sha256)
     return None if data is None else codec.decode(data, field=LATENTS_BLOB)
+
+
+def carried(entry: Entry, timings: types_pb2.Timings) -> dict[str, bytes]:
+    """The payload fields that go with an image through every stage."""
+    returns = {RETURNS: entry.payload[RETURNS]} if RETURNS in entry.payload else {}
+    return {TIMINGS: timings.SerializeToString(), **returns}
+
+
+def send_back(entry: Entry, timings: types_pb2.Timings) -> Advance:
+    """Has the image encoded again, because a tensor that it needs is no longer stored.
+
+    Raises:
+        GenerationError: it was sent back `MAX_RETURNS` times already, and would be for ever.
+    """
+    with malformed(entry):
+        returns = int(entry.payload.get(RETURNS, b"0"))
+    if returns >= MAX_RETURNS:
+        message = (
+            f"the image's tensors were gone {returns + 1} times before they were used: what is under way does not fit "
+            "into the cache; use fewer slots (--slots) or fewer different prompts at once"
+        )
+        raise GenerationError(message, stage=entry.stage.service)
+    return Advance(Stage.ENCODE, {**carried(entry, timings), RETURNS: str(returns + 1).encode()})
 
 
 def latent_shape(card: ModelCard, *, width: int, height: int) -> tuple[int, int, int]:

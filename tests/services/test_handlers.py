@@ -14,7 +14,7 @@ from PIL import Image
 from services.decoder.handler import DecodeHandler
 from services.denoiser.handler import DenoiseHandler
 from services.encoder.handler import EncodeHandler
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import GenerationError, InvalidRequestError
 from streamflow.host import handoff
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.stages.imaging import decode_rgb, encode_image
@@ -137,6 +137,18 @@ async def test_missing_tensors_send_the_image_back_and_it_ends_well(rig: Rig) ->
     assert isinstance(handler, DenoiseHandler)
     assert handler.counters["sent_back_total"] == 1
     assert decode_rgb(stored.data, size=(64, 64)).shape == (64, 64, 3)
+
+
+async def test_an_image_whose_tensors_are_gone_every_time_ends_with_an_error(rig: Rig) -> None:
+    await rig.admit(rig.spec())
+    for _ in range(handoff.MAX_RETURNS):
+        await rig.step(Stage.ENCODE)
+        rig.transport._kept.clear()
+        await rig.step(Stage.DENOISE)
+    await rig.step(Stage.ENCODE)
+    rig.transport._kept.clear()
+    with pytest.raises(GenerationError, match="does not fit into the cache"):
+        await rig.step(Stage.DENOISE)
 
 
 async def test_missing_latents_send_the_image_back(rig: Rig) -> None:
