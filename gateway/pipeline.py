@@ -186,7 +186,7 @@ class Pipeline:
             await set_within(left, self._settings.watch_lease_s / 3)
 
     async def follow(self, key: JobKey, *, attached: bool) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
-        """Accepted, then what is and what comes, then Done; then the results count as delivered.
+        """Accepted, then what is and what comes, then Done. Whoever has passed it all on says so: `delivered`.
 
         Images that have expired since are told of by warnings.
 
@@ -210,7 +210,13 @@ class Pipeline:
                     yield event
                 view = await self.job(key)
             yield story.done(view)
-        await self._transport.mark_delivered(key.job_id)
+
+    async def delivered(self, key: JobKey) -> None:
+        """The client has all: results may go soon. Where that cannot be written down, they stay longer."""
+        try:
+            await self._transport.mark_delivered(key.job_id)
+        except UnavailableError as error:
+            _log.warning("not marked as delivered", job=key.job_id, reason=str(error))
 
     async def _news(self, key: JobKey, view: JobView, story: Story) -> AsyncIterator[gateway_pb2.GenerateEvent]:
         for event in story.warnings(view):

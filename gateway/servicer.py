@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import aclosing
@@ -18,7 +19,7 @@ from streamflow.rpc import convert
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.errors import rpc_errors
 from streamflow.telemetry import Counters
-from streamflow.transport.base import Transport
+from streamflow.transport.base import JobPlace, JobView, Transport
 from streamflow.types import ModelCard
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -27,6 +28,9 @@ Context = grpc.aio.ServicerContext[Any, Any]
 REQUEST_ID_KEY = "streamflow-request-id"
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
+
+# When the page's last job was admitted, and its id: a place in the list that stays when the job is gone.
+_PAGE_TOKEN = re.compile(r"([0-9]{1,12}\.[0-9]{1,12}):([A-Za-z0-9._-]{1,64})")
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
@@ -73,7 +77,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             async with self._pipeline.watched(key), aclosing(self._pipeline.follow(key, attached=attached)) as events:
                 async for event in events:
                     collected.add(event)
-            return collected.response(max_bytes=self._settings.max_message_bytes)
+            response = collected.response(max_bytes=self._settings.max_message_bytes)
+            # gRPC tells nobody whether a unary answer arrived. One that was refused is still to be read in parts.
+            await self._pipeline.delivered(key)
+            return response
 
     async def Submit(self, request: types_pb2.GenerateRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
@@ -100,11 +107,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             size = request.page_size or DEFAULT_PAGE_SIZE
             if size > MAX_PAGE_SIZE:
                 raise InvalidRequestError("page_size", size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
-            after = self._key(request.page_token, context, field="page_token").job_id if request.page_token else ""
+            tenant = self._tenant(context)
+            after = _place(request.page_token, tenant) if request.page_token else None
             # One more than asked for tells whether there is another page.
-            views = await self._transport.jobs(tenant=self._tenant(context), after=after, count=size + 1)
+            views = await self._transport.jobs(tenant=tenant, after=after, count=size + 1)
             jobs = [job_to_pb(JobKey.of(view).request_id, view) for view in views[:size]]
-            token = jobs[-1].request_id if len(views) > size else ""
+            token = _page_token(views[size - 1]) if len(views) > size else ""
             return gateway_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
     async def ListModels(
@@ -145,10 +153,23 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         async with self._pipeline.watched(key), aclosing(self._pipeline.follow(key, attached=attached)) as events:
             async for event in events:
                 await context.write(event)
+        await self._pipeline.delivered(key)
 
-    def _key(self, request_id: str, context: Context, *, field: str = "request_id") -> JobKey:
-        check_request_id(request_id, field=field)
+    def _key(self, request_id: str, context: Context) -> JobKey:
+        check_request_id(request_id)
         return JobKey(self._tenant(context), request_id)
 
     def _tenant(self, context: Context) -> str:
         return self._keys.tenant(context.invocation_metadata())
+
+
+def _page_token(last: JobView) -> str:
+    return f"{last.admitted_at_s!r}:{JobKey.of(last).request_id}"
+
+
+def _place(token: str, tenant: str) -> JobPlace:
+    """Raises InvalidRequestError for what is no page token."""
+    found = _PAGE_TOKEN.fullmatch(token)
+    if found is None:
+        raise InvalidRequestError("page_token", token, "the next_page_token of the page before, or none")
+    return JobPlace(float(found[1]), JobKey(tenant, found[2]).job_id)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from streamflow.client.limits import check_max_message_bytes
 from streamflow.client.request import GenerateOptions, build_request
 from streamflow.client.retry import Retry, RetryPolicy
 from streamflow.client.session import Session
 from streamflow.client.views import Job
-from streamflow.rpc.channels import Target, key_metadata
+from streamflow.errors import InvalidRequestError
+from streamflow.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, Target, key_metadata
 from streamflow.v1 import gateway_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -29,6 +31,11 @@ class BaseClient:
         timeout_s: deadline of a request that sets none of its own.
         connect_timeout_s: how long a gateway that has never answered is tried.
         max_busy_retries: how often a request that is refused for load is sent again; None = until its deadline.
+        max_message_bytes: largest gRPC message, either way: a request with its pictures, an answer in one piece.
+            Images come in parts, whatever their size. The gateway has a limit of its own, 32 MiB by default.
+
+    Raises:
+        InvalidRequestError: max_message_bytes is not from 2 MiB to 1 GiB.
     """
 
     def __init__(
@@ -40,10 +47,12 @@ class BaseClient:
         timeout_s: float = 600.0,
         connect_timeout_s: float = 10.0,
         max_busy_retries: int | None = None,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
         root_ca = Path(tls).read_bytes() if isinstance(tls, str | Path) else tls if isinstance(tls, bytes) else None
         self.address, self.timeout_s = address, timeout_s
-        self._target = Target(address, tls=bool(tls), root_ca=root_ca)
+        limit = check_max_message_bytes(max_message_bytes)
+        self._target = Target(address, tls=bool(tls), root_ca=root_ca, max_message_bytes=limit)
         self._metadata = key_metadata(api_key)
         self._policy = RetryPolicy(address, connect_timeout_s, max_busy_retries)
 
@@ -60,6 +69,8 @@ class BaseClient:
 
 
 def job_page(limit: int, token: str = "") -> gateway_pb2.ListJobsRequest:
+    if limit < 1:
+        raise InvalidRequestError("limit", limit, "1 or more")
     return gateway_pb2.ListJobsRequest(page_size=min(limit, _PAGE_SIZE), page_token=token)
 
 

@@ -11,12 +11,12 @@ import grpc
 
 from streamflow.client.base import CALL_TIMEOUT_S, CANCEL_TIMEOUT_S, BaseClient, job_page, take_page
 from streamflow.client.events import Event
+from streamflow.client.limits import client_error
 from streamflow.client.request import GenerateOptions, build_request
 from streamflow.client.result import Result, ResultBuilder
 from streamflow.client.session import Session
 from streamflow.client.views import Job, Model, Status
 from streamflow.rpc.channels import open_channel
-from streamflow.rpc.errors import from_rpc_error
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
 
@@ -123,7 +123,7 @@ class Client(BaseClient):
             try:
                 return method(request, timeout=retry.remaining_s, metadata=self._metadata)
             except grpc.RpcError as error:
-                delay_s = retry.delay_s(from_rpc_error(error))
+                delay_s = retry.delay_s(client_error(error))
             time.sleep(delay_s)
 
     def _follow(self, session: Session) -> Generator[Event]:
@@ -135,7 +135,7 @@ class Client(BaseClient):
                     for message in call:
                         yield from session.feed(message)
                 except grpc.RpcError as broken:
-                    error = from_rpc_error(broken)
+                    error = client_error(broken)
                 finally:
                     call.cancel()
                 if not session.finished:

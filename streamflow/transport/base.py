@@ -93,6 +93,14 @@ class Admission:
     deadline_at_s: float
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class JobPlace:
+    """Where a job is in the order of admission; it stays a place when the job is gone."""
+
+    admitted_at_s: float
+    id: str
+
+
 @dataclass(frozen=True, slots=True)
 class JobView:
     """A job as it stands; `images[k]` is waiting, encode, denoise, decode, done, error, cancelled or deadline."""
@@ -107,6 +115,10 @@ class JobView:
     finished_at_s: float | None = None
     failure: Failure | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> JobPlace:
+        return JobPlace(self.admitted_at_s, self.id)
 
     @property
     def num_finished(self) -> int:
@@ -176,8 +188,12 @@ class Transport(Protocol):
         """Raises NotFoundError when the id is unknown or its tombstone has expired."""
         ...
 
-    async def jobs(self, *, tenant: str | None = None, after: str = "", count: int = 100) -> list[JobView]:
-        """Jobs in order of admission, newest first; `after` is the id that the page before ended with."""
+    async def jobs(self, *, tenant: str = "", after: JobPlace | None = None, count: int = 100) -> list[JobView]:
+        """A tenant's jobs, newest first; fewer than `count` only where there are no more.
+
+        Args:
+            after: where the page before ended, whether that job is still there or not.
+        """
         ...
 
     async def result(self, ref: ImageRef) -> bytes | None:

@@ -10,7 +10,7 @@ import re
 from streamflow.types import Stage
 
 # What every script gets as KEYS, in the order in which scripts/common.lua names them.
-_SHARED = ("meta", "waiting", "under_way", "open", "watch", "jobs", "ended", "results", "cache", "workers", "dead")
+_SHARED = ("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead")
 
 
 class Keys:
@@ -34,6 +34,10 @@ class Keys:
 
     def stream(self, stage: Stage) -> str:
         return self.prefix + stage.value + (f":{self.revision}" if self.revision else "")
+
+    def jobs(self, tenant: str) -> str:
+        """A tenant's jobs by the time of their admission, so that no list walks over those of others."""
+        return f"{self.prefix}jobs:{tenant}"
 
     def job(self, job_id: str) -> str:
         return f"{self.prefix}job:{job_id}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from streamflow.transport.base import (
     Entry,
     Heartbeat,
     ImageRef,
+    JobPlace,
     JobView,
     Limits,
     NewJob,
@@ -74,7 +76,9 @@ class MemoryTransport:
         now_s = self._clock()
         deadline_at_s = now_s + job.timeout_s
         watch_until_s = None if job.watch_lease_s is None else now_s + job.watch_lease_s
-        self._state.jobs[job.id] = Job(job, now_s, deadline_at_s, watch_until_s, [WAITING] * job.num_images)
+        admitted = Job(job, now_s, deadline_at_s, watch_until_s, [WAITING] * job.num_images)
+        self._state.jobs[job.id] = admitted
+        insort(self._state.listed[job.tenant], admitted.place)
         rank = min(now_s - self._policy.priority_weight_s * job.priority, deadline_at_s - self._policy.urgent_s)
         self._state.waiting.update({ImageRef(job.id, index): rank for index in range(job.num_images)})
         self._state.release()
@@ -83,12 +87,10 @@ class MemoryTransport:
     async def job(self, job_id: str) -> JobView:
         return self._job(job_id).view()
 
-    async def jobs(self, *, tenant: str | None = None, after: str = "", count: int = 100) -> list[JobView]:
-        newest = list(reversed(self._state.jobs))
-        if after:
-            newest = newest[newest.index(after) + 1 :] if after in newest else []
-        views = (self._state.jobs[job_id].view() for job_id in newest)
-        return [view for view in views if tenant is None or view.tenant == tenant][:count]
+    async def jobs(self, *, tenant: str = "", after: JobPlace | None = None, count: int = 100) -> list[JobView]:
+        listed = self._state.listed.get(tenant, [])
+        end = len(listed) if after is None else bisect_left(listed, after)
+        return [self._state.jobs[place.id].view() for place in reversed(listed[max(0, end - count) : end])]
 
     async def result(self, ref: ImageRef) -> bytes | None:
         job = self._state.jobs.get(ref.job_id)
@@ -335,6 +337,7 @@ class MemoryTransport:
         buried = [job for job in ended if (job.finished_at_s or 0.0) + self._policy.tombstone_s <= now_s]
         for job in buried:
             del self._state.jobs[job.new.id]
+            self._state.listed[job.new.tenant].remove(job.place)
         gone = [name for name, (_, until_s) in self._kept.items() if until_s <= now_s]
         for name in gone:
             del self._kept[name]

@@ -6,10 +6,11 @@ The same moves as `scripts/*.lua`, in the same words; here one event loop makes 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from streamflow.transport.base import Entry, ImageRef, JobView, NewJob, Payload
+from streamflow.transport.base import Entry, ImageRef, JobPlace, JobView, NewJob, Payload
 from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
@@ -39,6 +40,10 @@ class Job:
     def live(self) -> list[int]:
         """The images that have not ended."""
         return [index for index, place in enumerate(self.places) if place == WAITING or ":" in place]
+
+    @property
+    def place(self) -> JobPlace:
+        return JobPlace(self.admitted_at_s, self.new.id)
 
     def view(self) -> JobView:
         return JobView(
@@ -76,6 +81,7 @@ class State:
         self.clock = clock
         self.wake = wake
         self.jobs: dict[str, Job] = {}
+        self.listed: defaultdict[str, list[JobPlace]] = defaultdict(list)
         self.waiting: dict[ImageRef, float] = {}
         self.streams: dict[Stage, dict[str, StreamEntry]] = {stage: {} for stage in Stage}
         self.workers: dict[str, tuple[WorkerInfo, float]] = {}

@@ -18,6 +18,7 @@ from streamflow.transport.base import (
     Entry,
     Heartbeat,
     ImageRef,
+    JobPlace,
     JobView,
     Limits,
     NewJob,
@@ -33,6 +34,7 @@ from streamflow.transport.replies import (
     entry_from,
     job_from,
     payload_args,
+    places_from,
     preview_from,
     taken_by_script,
     worker_from,
@@ -127,21 +129,16 @@ class RedisTransport:
             raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
         return job_from(job_id, fields)
 
-    async def jobs(self, *, tenant: str | None = None, after: str = "", count: int = 100) -> list[JobView]:
-        start = 0
-        if after:
-            rank = await self._calls.command("ZREVRANK", self._keys.jobs, after)
-            if rank is None:
-                return []
-            start = rank + 1
+    async def jobs(self, *, tenant: str = "", after: JobPlace | None = None, count: int = 100) -> list[JobView]:
         found: list[JobView] = []
+        # More than one round only where there are many, or where some were reaped between the two reads.
         while len(found) < count:
-            ids = await self._calls.command("ZREVRANGE", self._keys.jobs, start, start + _PAGE - 1)
-            if not ids:
+            places = await self._places(tenant, after, min(_PAGE, count - len(found)))
+            if not places:
                 break
-            found += [view for view in await self._views(ids) if tenant is None or view.tenant == tenant]
-            start += len(ids)
-        return found[:count]
+            found += await self._views([place.id for place in places])
+            after = places[-1]
+        return found
 
     async def result(self, ref: ImageRef) -> bytes | None:
         data: bytes | None = await self._calls.command("GET", self._keys.result(ref.job_id, ref.index))
@@ -319,8 +316,16 @@ class RedisTransport:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    async def _views(self, ids: list[bytes]) -> list[JobView]:
-        names = [job_id.decode() for job_id in ids]
+    async def _places(self, tenant: str, after: JobPlace | None, count: int) -> list[JobPlace]:
+        index = self._keys.jobs(tenant)
+        at = "inf" if after is None else repr(after.admitted_at_s)
+        # Jobs of the same microsecond are in the order of their ids.
+        same = await self._calls.command("ZREVRANGEBYSCORE", index, at, at, "WITHSCORES")
+        older = await self._calls.command("ZREVRANGEBYSCORE", index, f"({at}", "-inf", "WITHSCORES", "LIMIT", 0, count)
+        places = places_from(same + older)
+        return [place for place in places if after is None or place < after][:count]
+
+    async def _views(self, names: list[str]) -> list[JobView]:
         with redis_errors():
             async with self._client.pipeline(transaction=False) as pipeline:
                 for name in names:

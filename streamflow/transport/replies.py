@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streamflow.transport.base import Entry, ImageRef, JobView, Payload, PreviewTask
+from streamflow.transport.base import Entry, ImageRef, JobPlace, JobView, Payload, PreviewTask
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 _PAYLOAD = b"p:"
@@ -53,6 +53,11 @@ def preview_from(raw: Sequence[bytes]) -> PreviewTask:
     return PreviewTask(_ref(fields), int(fields[b"step"]), _payload(fields))
 
 
+def places_from(reply: Sequence[bytes]) -> list[JobPlace]:
+    """Of ids and scores in turn."""
+    return [JobPlace(float(score), job_id.decode()) for job_id, score in zip(reply[::2], reply[1::2], strict=True)]
+
+
 def job_from(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
     failure = None
     if b"code" in fields:
@@ -73,10 +78,10 @@ def job_from(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
 
 
 def worker_from(value: bytes) -> tuple[WorkerInfo, float]:
-    """A worker and when its lease lapses."""
+    """A worker and when its lease lapses. Fields that we do not know are those of a newer replica."""
     lapses, info = value.split(b" ", 1)
-    fields = json.loads(info)
-    return WorkerInfo(**{**fields, "stage": Stage(fields["stage"])}), float(lapses)
+    known = {name: said for name, said in json.loads(info).items() if name in WorkerInfo.__dataclass_fields__}
+    return WorkerInfo(**{**known, "stage": Stage(known["stage"])}), float(lapses)
 
 
 def _pairs(raw: Sequence[bytes]) -> dict[bytes, bytes]:

@@ -159,6 +159,8 @@ def test_jobs_are_listed_page_by_page(client: Client, monkeypatch: pytest.Monkey
     ids = [client.submit("a ring", request_id=f"job-{k}").request_id for k in range(5)]
     assert [job.request_id for job in client.jobs()] == ids[::-1]
     assert [job.request_id for job in client.jobs(limit=3)] == ids[:1:-1]
+    with pytest.raises(InvalidRequestError, match="limit: got 0; allowed: 1 or more"):
+        client.jobs(limit=0)
 
 
 def test_models_and_status(client: Client) -> None:

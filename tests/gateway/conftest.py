@@ -27,6 +27,7 @@ from streamflow.telemetry import Counters
 from streamflow.transport.base import Entry, Limits, Transport
 from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.memory import MemoryTransport
+from streamflow.transport.policy import Policy
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import DecoderKind, Failure, ModelCard, Stage
 from streamflow.v1 import gateway_pb2_grpc, types_pb2
@@ -161,23 +162,25 @@ def redis_url() -> Iterator[str]:
 
 
 @pytest.fixture(params=["memory", "redis"])
-def make_transport(request: pytest.FixtureRequest) -> Callable[[Limits], Transport]:
+def make_transport(request: pytest.FixtureRequest) -> Callable[[Limits, Policy], Transport]:
     """Both transports: what a gateway shows must not depend on which it is."""
     if request.param == "memory":
-        return lambda limits: MemoryTransport(limits=limits)
+        return lambda limits, policy: MemoryTransport(limits=limits, policy=policy)
     url = request.getfixturevalue("redis_url")
-    return lambda limits: RedisTransport.from_url(url, deployment=secrets.token_hex(8), limits=limits)
+    return lambda limits, policy: RedisTransport.from_url(
+        url, deployment=secrets.token_hex(8), limits=limits, policy=policy
+    )
 
 
 @pytest.fixture
-async def deploy(make_transport: Callable[[Limits], Transport]) -> AsyncIterator[Callable[..., Deployment]]:
-    """`deploy(max_jobs=...)` makes a deployment."""
+async def deploy(make_transport: Callable[[Limits, Policy], Transport]) -> AsyncIterator[Callable[..., Deployment]]:
+    """`deploy(max_jobs=..., policy=...)` makes a deployment."""
     made: list[Deployment] = []
     # Left in this order: servers and channels, then the tasks, then what both use.
     async with AsyncExitStack() as transports, asyncio.TaskGroup() as tasks, AsyncExitStack() as servers:
 
-        def make(**limits: int) -> Deployment:
-            transport = make_transport(Limits(**limits))
+        def make(*, policy: Policy | None = None, **limits: int) -> Deployment:
+            transport = make_transport(Limits(**limits), policy or Policy())
             transports.push_async_callback(transport.close)
             made.append(Deployment(transport, servers, tasks))
             return made[-1]

@@ -21,6 +21,8 @@ from streamflow.errors import (
 )
 from streamflow.rpc.channels import key_metadata
 from streamflow.rpc.errors import from_rpc_error
+from streamflow.transport.base import ImageRef
+from streamflow.transport.policy import Policy
 from streamflow.types import Failure, Stage, WorkerInfo
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -336,6 +338,23 @@ async def test_images_that_do_not_fit_into_one_answer_can_still_be_read(deploy):
     assert len(pictures(await read(gateway.stub.Watch(watch("r-1"))))) == 2
 
 
+async def test_only_an_answer_that_was_given_counts_as_delivered(deploy, until):
+    deployment = deploy(policy=Policy(delivered_s=0.05))
+    gateway = await deployment.gateway(max_message_bytes=2**20)
+    deployment.start_worker()
+    refused_first = request(width=512, height=512, num_images=2, request_id="too-large")
+    assert isinstance(await refused(gateway.stub.GenerateImages(refused_first)), InvalidRequestError)
+    await gateway.stub.GenerateImages(request(request_id="given"))
+    await read(gateway.stub.Generate(request(request_id="streamed")))
+
+    async def gone() -> bool:
+        results = [await deployment.transport.result(ImageRef(name, 0)) for name in ("given", "streamed")]
+        return results == [None, None]
+
+    await until(gone)
+    assert await deployment.transport.result(ImageRef("too-large", 0)) is not None
+
+
 async def test_queue_positions_fall(deploy):
     deployment = deploy()
     gateway = await deployment.gateway()
@@ -377,8 +396,34 @@ async def test_jobs_are_listed_newest_first_page_by_page(deploy):
         pages.append([each.request_id for each in page.jobs])
         token = page.next_page_token
     assert pages == [["r-4", "r-3"], ["r-2", "r-1"], ["r-0"]]
-    for bad in (gateway_pb2.ListJobsRequest(page_size=1001), gateway_pb2.ListJobsRequest(page_token="a:b")):
-        assert isinstance(await refused(gateway.stub.ListJobs(bad)), InvalidRequestError)
+    for bad in ({"page_size": 1001}, {"page_token": "a:b"}, {"page_token": "nan:r-1"}, {"page_token": "1.0:../x"}):
+        error = await refused(gateway.stub.ListJobs(gateway_pb2.ListJobsRequest(**bad)))
+        assert isinstance(error, InvalidRequestError)
+        assert error.field in bad
+
+
+async def test_a_page_goes_on_where_the_last_job_of_the_one_before_is_gone(deploy, until):
+    gateway = await deploy(policy=Policy(tombstone_s=0.05)).gateway(keys=KEYS)
+    for number in range(5):
+        await gateway.stub.Submit(request(request_id=f"r-{number}"), metadata=ALICE)
+        await gateway.stub.Submit(request(request_id=f"r-{number}"), metadata=BOB)
+
+    async def page(token: str = "") -> tuple[list[str], str]:
+        asked = gateway_pb2.ListJobsRequest(page_size=2, page_token=token)
+        answer = await gateway.stub.ListJobs(asked, metadata=ALICE)
+        return [each.request_id for each in answer.jobs], answer.next_page_token
+
+    ids, token = await page()
+    assert ids == ["r-4", "r-3"]
+    await gateway.stub.Cancel(cancel("r-3"), metadata=ALICE)
+
+    async def gone() -> bool:
+        return (await page())[0] == ["r-4", "r-2"]
+
+    await until(gone)
+    ids, token = await page(token)
+    assert ids == ["r-2", "r-1"]
+    assert await page(token) == (["r-0"], "")
 
 
 async def test_tenants_do_not_see_each_other(deploy):

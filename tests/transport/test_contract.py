@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
+import redis
 
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
-from streamflow.transport.base import Heartbeat, ImageRef, Limits, NewJob, PreviewTask, Transport
+from streamflow.transport.base import Heartbeat, ImageRef, JobPlace, Limits, NewJob, PreviewTask, Transport
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 from tests.transport.worlds import FAST
 
@@ -28,6 +29,10 @@ def denoiser(worker_id: str = "gpu", *, slots: int, **fields) -> WorkerInfo:
 async def take(transport: Transport, stage: Stage, worker_id: str = "w", count: int = 1):
     """Entries that are there now."""
     return await transport.read(stage, worker_id, count, block_s=0)
+
+
+async def listed(transport: Transport, **which) -> list[str]:
+    return [view.id for view in await transport.jobs(**which)]
 
 
 async def run_through(transport: Transport, worker_id: str = "w", result: bytes = b"picture") -> bool:
@@ -451,13 +456,71 @@ async def test_delivered_results_go_sooner(world, eventually):
 
 async def test_jobs_are_listed_newest_first_in_pages(transport):
     for k in range(5):
-        await transport.admit(new_job(f"j{k}", tenant="odd" if k % 2 else "even"))
-    assert [view.id for view in await transport.jobs()] == ["j4", "j3", "j2", "j1", "j0"]
+        await transport.admit(new_job(f"j{k}"))
+    assert await listed(transport) == ["j4", "j3", "j2", "j1", "j0"]
     page = await transport.jobs(count=2)
     assert [view.id for view in page] == ["j4", "j3"]
-    assert [view.id for view in await transport.jobs(after=page[-1].id, count=2)] == ["j2", "j1"]
-    assert [view.id for view in await transport.jobs(tenant="odd")] == ["j3", "j1"]
-    assert await transport.jobs(after="gone") == []
+    assert await listed(transport, after=page[-1].place, count=2) == ["j2", "j1"]
+    assert await listed(transport, after=(await transport.job("j0")).place) == []
+
+
+async def test_tenants_have_lists_of_their_own(transport):
+    for k in range(5):
+        await transport.admit(new_job(f"j{k}", tenant="odd" if k % 2 else "even"))
+    assert await listed(transport, tenant="odd") == ["j3", "j1"]
+    # The place of another tenant's job is a time, and nothing else.
+    assert await listed(transport, tenant="odd", after=(await transport.job("j2")).place) == ["j1"]
+    assert await listed(transport) == []
+
+
+async def test_a_list_goes_on_where_its_last_job_was_reaped(world, eventually):
+    transport = world.open(policy=replace(FAST, tombstone_s=0.05))
+    for k in range(5):
+        await transport.admit(new_job(f"j{k}"))
+    after = (await transport.jobs(count=2))[-1].place
+    await transport.cancel("j3")
+
+    async def reaped():
+        await transport.reap()
+        return await listed(transport) == ["j4", "j2", "j1", "j0"]
+
+    await eventually(reaped)
+    assert await listed(transport, after=after, count=2) == ["j2", "j1"]
+
+
+async def test_jobs_of_one_moment_are_in_the_order_of_their_ids(transport):
+    for job_id in ("a", "m", "z"):
+        await transport.admit(new_job(job_id))
+    moment = (await transport.job("m")).admitted_at_s
+    for last, rest in (("l", ["a"]), ("m", ["a"]), ("n", ["m", "a"])):
+        assert await listed(transport, after=JobPlace(moment, last)) == rest
+
+
+async def test_a_list_reads_no_more_than_it_gives(redis_world):
+    """A tenant's page costs the same however many jobs the others have."""
+    transport = redis_world.open()
+    await transport.admit(new_job("mine", tenant="few"))
+    for k in range(250):
+        await transport.admit(new_job(f"other-{k:03}", tenant="many"))
+    assert await listed(transport, tenant="many", count=230) == [f"other-{k:03}" for k in range(249, 19, -1)]
+    with redis.Redis.from_url(redis_world.server.url) as raw:
+
+        def hashes_read() -> int:
+            return raw.info("commandstats").get("cmdstat_hgetall", {}).get("calls", 0)
+
+        before = hashes_read()
+        assert await listed(transport, tenant="few") == ["mine"]
+        assert hashes_read() - before == 1
+
+
+async def test_a_job_reaped_while_it_is_listed_shortens_no_page(redis_world, deployment):
+    transport = redis_world.open()
+    for k in range(4):
+        await transport.admit(new_job(f"j{k}"))
+    # As if it went between the read of the list and that of the jobs.
+    with redis.Redis.from_url(redis_world.server.url) as raw:
+        raw.delete(f"sf:v1:{{{deployment}}}:job:j2")
+    assert await listed(transport, count=3) == ["j3", "j1", "j0"]
 
 
 async def test_subscribers_are_woken_and_get_events(world):
@@ -557,6 +620,28 @@ async def test_the_registry_forgets_workers_whose_lease_lapsed(transport, eventu
     assert await transport.workers() == [stays]
     await transport.register(replace(stays, slots_in_use=2), lease_s=60)
     assert [worker.slots_in_use for worker in await transport.workers()] == [2]
+
+
+@dataclass(frozen=True, slots=True)
+class NewerWorkerInfo(WorkerInfo):
+    """What a replica of a later version says of itself."""
+
+    temperature_c: float = 40.0
+
+
+async def test_what_a_newer_replica_says_besides_is_ignored(world):
+    newer, older = world.open(), world.open()
+    known = denoiser("newer", slots=3, counters={"ticks_total": 1})
+    await newer.register(NewerWorkerInfo(**{name: getattr(known, name) for name in known.__slots__}), lease_s=60)
+    await newer.register(denoiser("older", slots=1), lease_s=60)
+    found = {worker.worker_id: worker for worker in await older.workers()}
+    assert {name: getattr(found["newer"], name) for name in known.__slots__} == {
+        name: getattr(known, name) for name in known.__slots__
+    }
+    assert found.keys() == {"newer", "older"}
+    # Its slots count: the window is twice three and one.
+    await older.admit(new_job(num_images=20))
+    assert (await older.backlog())["encode"] == 8
 
 
 def test_a_job_without_images_is_a_mistake():

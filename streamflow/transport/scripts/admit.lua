@@ -37,7 +37,7 @@ if excess() > 0 then
 end
 
 redis.call('HINCRBY', META, 'reserved', share * images)
-redis.call('ZADD', JOBS, NOW, id)
+redis.call('ZADD', jobs_key(tenant), seconds(NOW), id)
 redis.call('ZADD', OPEN, deadline, id)
 if watch_s ~= '' then
   redis.call('HSET', key, 'watch_s', watch_s)

@@ -26,8 +26,8 @@ end
 
 due(RESULTS, free_result)
 due(ENDED, function(id)
+  redis.call('ZREM', jobs_key(redis.call('HGET', job_key(id), 'tenant') or ''), id)
   redis.call('DEL', job_key(id))
-  redis.call('ZREM', JOBS, id)
   redis.call('ZREM', ENDED, id)
 end)
 local workers = redis.call('HGETALL', WORKERS)
