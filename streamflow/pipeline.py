@@ -16,6 +16,7 @@ from streamflow.backends.runtime import set_threads
 from streamflow.batching.engine import Progress
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.noise import image_seed
+from streamflow.pictures import Picture, load_source
 from streamflow.stages.decoder import DecoderStage
 from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
 from streamflow.stages.encoder import EncoderStage
@@ -126,9 +127,9 @@ class Pipeline:
         width: int | None = None,
         height: int | None = None,
         sampler: str | None = None,
-        image: Image.Image | None = None,
+        image: Picture | None = None,
         strength: float | None = None,
-        mask: Image.Image | None = None,
+        mask: Picture | None = None,
         latents: np.ndarray | None = None,
         output: Literal["pil", "np", "latents"] = "pil",
         on_progress: Callable[[Progress], None] | None = None,
@@ -139,7 +140,8 @@ class Pipeline:
             steps, guidance_scale, width, height, sampler: None = the model's default.
             seed: None = a random one, reported in the output.
             image, strength, mask: start from a picture; change it by strength in (0, 1] (default 0.8); only where the
-                mask is white.
+                mask, a picture of the same size, is white. PIL images, or PNG, JPEG and WebP files as bytes or paths;
+                a file has at most 4 megapixels.
             latents: the initial noise in place of the seed's, [n, C, H / f, W / f].
             on_progress: called after every step of every image.
 
@@ -163,16 +165,8 @@ class Pipeline:
         noise = _noise(latents, len(prompts) * num_images)
 
         clock = _Clock()
-        texts = [
-            EncodeJob(
-                text,
-                negative_prompt,
-                settings.guidance_scale > 1,
-                _pixels(image, width, height),
-                _gray(mask, width, height),
-            )
-            for text in prompts
-        ]
+        pictures = _pictures(image, mask, (width, height))
+        texts = [EncodeJob(text, negative_prompt, settings.guidance_scale > 1, *pictures) for text in prompts]
         encoded = self._encoder.encode(texts)
         clock.lap("encode")
         owners = [job for job in encoded for _ in range(num_images)]
@@ -248,25 +242,20 @@ def _decoder_kind(card: ModelCard, name: str | None) -> DecoderKind:
     return DecoderKind(name)
 
 
-def _strength(image: Image.Image | None, strength: float | None, mask: Image.Image | None) -> float:
+def _strength(image: Picture | None, strength: float | None, mask: Picture | None) -> float:
     if image is None and (strength is not None or mask is not None):
         field_name, given = ("strength", strength) if mask is None else ("mask", mask)
         raise InvalidRequestError(field_name, given, "only together with an image", "give image=")
-    if mask is not None and image is not None and mask.size != image.size:
-        raise InvalidRequestError("mask", f"{mask.size} pixels", f"the size of the image, {image.size}")
     return 0.8 if strength is None else strength
 
 
-def _pixels(image: Image.Image | None, width: int, height: int) -> np.ndarray | None:
+def _pictures(
+    image: Picture | None, mask: Picture | None, size: tuple[int, int]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     if image is None:
-        return None
-    return np.asarray(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-
-
-def _gray(mask: Image.Image | None, width: int, height: int) -> np.ndarray | None:
-    if mask is None:
-        return None
-    return np.asarray(mask.convert("L").resize((width, height), Image.Resampling.LANCZOS))
+        return None, None
+    source = load_source(image, mask, size=size, names=("image", "mask"))
+    return source.image, source.mask
 
 
 def _noise(latents: np.ndarray | None, count: int) -> list[np.ndarray] | list[None]:

@@ -8,10 +8,10 @@ import grpc.aio
 
 from streamflow.errors import InvalidRequestError
 from streamflow.host.control import ControlServicer, StageControl
+from streamflow.pictures import load_source
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import Service
 from streamflow.stages.encoder import EncoderStage
-from streamflow.stages.imaging import load_upload
 from streamflow.transport import codec
 from streamflow.v1 import encoder_pb2, encoder_pb2_grpc, types_pb2
 from streamflow.validation import check_count, check_prompt, check_size
@@ -44,8 +44,8 @@ class EncoderServicer(ControlServicer, encoder_pb2_grpc.TextEncoderServicer):
         check_size(self._stage.card, "width", request.width)
         check_size(self._stage.card, "height", request.height)
         size = (request.width, request.height)
-        pixels = await asyncio.to_thread(load_upload, request.init_image, size=size)
-        return codec.to_pb(await self._stage.encode_image(pixels))
+        source = await asyncio.to_thread(load_source, request.init_image, size=size)
+        return codec.to_pb(await self._stage.encode_image(source.image))
 
 
 def _check_prompts(request: encoder_pb2.EncodeRequest) -> None:

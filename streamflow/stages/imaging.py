@@ -14,22 +14,22 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing import get_context
 from typing import Self
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
+from streamflow import pictures
 from streamflow.errors import GenerationError, InvalidRequestError
 from streamflow.processes import die_with_parent
 from streamflow.types import ImageFormat
 
 METADATA_KEY = "streamflow"
-MAX_PIXELS = 4_000_000
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP")
 
 _EXIF_DESCRIPTION = 0x010E
 _log = logging.getLogger(__name__)
@@ -62,54 +62,25 @@ def encode_image(
     return file.getvalue()
 
 
-def decode_rgb(data: bytes, *, size: tuple[int, int], formats: tuple[str, ...] = ("PNG",)) -> np.ndarray:
-    """Reads a picture file that already is of `size` (width, height): uint8 [height, width, 3].
+def decode_rgb(data: bytes, *, size: tuple[int, int]) -> np.ndarray:
+    """Reads a PNG that already is of `size` (width, height): uint8 [height, width, 3].
 
     Raises:
         InvalidRequestError: another format or size, or a broken file.
     """
-    return np.asarray(_open(data, formats, size=size).convert("RGB"))
+    return np.asarray(_decode(data, "RGB", size))
 
 
-def decode_mask(data: bytes, *, size: tuple[int, int], formats: tuple[str, ...] = ("PNG",)) -> np.ndarray:
+def decode_mask(data: bytes, *, size: tuple[int, int]) -> np.ndarray:
     """Like `decode_rgb`, as uint8 [height, width]: the brightness."""
-    return np.asarray(_open(data, formats, size=size).convert("L"))
+    return np.asarray(_decode(data, "L", size))
 
 
-def load_upload(data: bytes, *, size: tuple[int, int]) -> np.ndarray:
-    """Reads a PNG, JPEG or WebP of at most 4 megapixels and resizes it.
-
-    Args:
-        size: width and height in pixels.
-
-    Returns:
-        uint8 [height, width, 3].
-
-    Raises:
-        InvalidRequestError: another format, too large, or a broken file.
-    """
-    image = _open(data, UPLOAD_FORMATS).convert("RGB")
-    return np.asarray(image if image.size == size else image.resize(size, Image.Resampling.LANCZOS))
-
-
-def _open(data: bytes, formats: tuple[str, ...], *, size: tuple[int, int] | None = None) -> Image.Image:
-    """The decoded first frame; the header is checked first, because a small file can hold a huge picture."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=formats)
-        if size is not None and image.size != size:
-            raise InvalidRequestError("image", f"{image.width} x {image.height}", f"{size[0]} x {size[1]} pixels")
-        if image.width * image.height > MAX_PIXELS:
-            raise InvalidRequestError("image", f"{image.width} x {image.height}", f"at most {MAX_PIXELS} pixels")
-        image.load()
-    except InvalidRequestError:
-        raise
-    # Broken files make Pillow raise nearly anything: SyntaxError, struct.error, ValueError, DecompressionBombError.
-    except UnidentifiedImageError as error:
-        raise InvalidRequestError("image", f"{len(data)} bytes of another format", ", ".join(formats)) from error
-    except Exception as error:
-        raise InvalidRequestError(
-            "image", f"a broken file ({type(error).__name__})", "a complete " + ", ".join(formats)
-        ) from error
+def _decode(data: bytes, mode: pictures.Mode, size: tuple[int, int]) -> Image.Image:
+    width, height = size
+    image = pictures.read("image", data, mode, max_pixels=width * height, formats=("PNG",))
+    if image.size != size:
+        raise InvalidRequestError("image", f"{image.width} x {image.height}", f"{width} x {height} pixels")
     return image
 
 
@@ -132,8 +103,10 @@ def _exif(text: str) -> bytes:
 class ImagePool:
     """Processes that encode pictures.
 
-    They die with this process, and when one of them is killed the pool is made anew and the picture tried once more.
-    Use it from the main thread: a child's life is tied to the thread that started it.
+    When one of them dies, all pictures under way are lost with it, and it cannot be seen which one was to blame. So the
+    pool is made anew for the pictures to come, and each of the lost ones is encoded in a process of its own, one after
+    the other. The processes die with this one: use the pool from the main thread, because a child's life is tied to the
+    thread that started it.
 
     Args:
         workers: processes.
@@ -141,7 +114,8 @@ class ImagePool:
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
-        self._executor = self._start()
+        self._executor = _start(workers)
+        self._one_at_a_time = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         await asyncio.gather(*(asyncio.wrap_future(self._executor.submit(os.getpid)) for _ in range(self._workers)))
@@ -161,28 +135,50 @@ class ImagePool:
         """`encode_image` in a child process.
 
         Raises:
-            GenerationError: the process died twice over this picture.
+            GenerationError: the process died although it had this picture alone.
         """
-        for _ in range(2):
-            executor = self._executor
-            try:
-                future = executor.submit(encode_image, pixels, image_format, quality=quality, metadata=metadata)
-                return await asyncio.wrap_future(future)
-            except BrokenProcessPool:
-                self._replace(executor)
-        raise GenerationError("the process that writes picture files died twice over this picture", stage="decoder")
+        write = partial(encode_image, pixels, image_format, quality=quality, metadata=metadata)
+        executor = self._executor
+        try:
+            return await _result(executor, write)
+        except BrokenProcessPool:
+            self._replace(executor)
+        async with self._one_at_a_time:
+            return await self._encode_alone(write)
+
+    async def _encode_alone(self, write: Callable[[], bytes]) -> bytes:
+        executor = _start(1)
+        try:
+            return await _result(executor, write)
+        except BrokenProcessPool as error:
+            raise GenerationError(
+                "the process that writes picture files died over this one", stage="decoder"
+            ) from error
+        finally:
+            executor.shutdown(wait=False)
 
     def _replace(self, broken: ProcessPoolExecutor) -> None:
         # All pictures under way see the same break: the first one replaces the pool.
         if self._executor is broken:
             _log.warning("a process that writes picture files died; starting new ones")
             broken.shutdown(wait=False)
-            self._executor = self._start()
+            self._executor = _start(self._workers)
 
-    def _start(self) -> ProcessPoolExecutor:
-        # Spawn: forking a process that runs torch and gRPC threads can deadlock.
-        context = get_context("spawn")
-        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_child, initargs=(os.getpid(),))
+
+def _start(workers: int) -> ProcessPoolExecutor:
+    # Spawn: forking a process that runs torch and gRPC threads can deadlock.
+    context = get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_child, initargs=(os.getpid(),))
+
+
+async def _result(executor: ProcessPoolExecutor, write: Callable[[], bytes]) -> bytes:
+    done = asyncio.wrap_future(executor.submit(write))
+    # Nobody reads it when the caller has been cancelled, and asyncio would complain.
+    done.add_done_callback(lambda one: one.cancelled() or one.exception())
+    # Cancelling must not reach it: an executor that breaks with a cancelled picture can leave all others waiting
+    # (CPython 3.11.7).
+    await asyncio.wait([done])
+    return done.result()
 
 
 def _start_child(parent_pid: int) -> None:
