@@ -8,6 +8,10 @@ from enum import StrEnum
 
 import numpy as np
 
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
+from streamflow.flow.spec import FlowSpec
+
 Tensors = Mapping[str, np.ndarray]
 """Named arrays, such as the conditioning of one prompt: {"prompt_embeds": float32 [tokens, width]}."""
 
@@ -63,7 +67,8 @@ class Failure:
 class ModelCard:
     """What one checkpoint offers, and the values that a request's unset fields take.
 
-    Sizes are pixels; `size_multiple` is what width and height must be a multiple of.
+    Sizes are pixels; `size_multiple` is what width and height must be a multiple of. `flow` is what samplers are
+    compiled for.
     """
 
     name: str
@@ -84,22 +89,20 @@ class ModelCard:
     max_prompt_tokens: int
     latent_channels: int
     latent_factor: int
+    flow: FlowSpec = field(default_factory=FlowSpec)
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """The text of one image, and the images that it starts from.
+    """The texts of one image, and the images that it starts from.
 
     Attributes:
-        prompt, negative_prompt: texts; the negative one is encoded only where `guided`.
-        guided: whether the sampler needs the negative conditioning.
+        texts: by what they are for; those that the sampler needs.
         init_image: uint8 [height, width, 3], already of the request's size; or None.
         mask: uint8 [height, width], 255 = repaint; or None.
     """
 
-    prompt: str
-    negative_prompt: str = ""
-    guided: bool = False
+    texts: Mapping[Role, str]
     init_image: np.ndarray | None = None
     mask: np.ndarray | None = None
 
@@ -109,14 +112,13 @@ class EncodedJob:
     """What the encoder makes of an EncodeJob.
 
     Attributes:
-        conditioning, negative: named arrays without a batch axis; `negative` is None unless guided.
+        conditioning: for each of its texts, named arrays without a batch axis.
         init_latents: float32 [channels, height / f, width / f], scaled; or None.
         mask: float32 [height / f, width / f] in [0, 1], 1 = repaint; or None.
         warnings: sentences for the user, such as what was cut off a prompt.
     """
 
-    conditioning: Tensors
-    negative: Tensors | None = None
+    conditioning: Mapping[Role, Tensors]
     init_latents: np.ndarray | None = None
     mask: np.ndarray | None = None
     warnings: tuple[str, ...] = ()
@@ -127,30 +129,43 @@ class DenoiseJob:
     """One image for the running batch.
 
     Attributes:
-        conditioning, negative: see EncodedJob.
+        conditioning: see EncodedJob; for the roles that the sampler needs.
         steps: of the whole schedule, before `strength` shortens it.
-        guidance_scale: classifier-free guidance; 1 or less runs the conditional row alone.
-        sampler: a name with options, such as "euler".
+        guidance: how it is guided.
+        sampler: a name with options, such as "euler", or blocks, such as "H2P4R2".
         seed: of this image (the request's seed plus the image's index), in [0, 2**64).
         height, width: pixels.
-        init_latents, strength, mask: img2img and inpainting; see EncodedJob.
+        init_latents, strength, mask: for images that start from another; see EncodedJob.
         noise: float32 [channels, height / f, width / f] in place of the seed's; or None.
         preview_interval_steps: a preview after every so many steps; 0 = none.
     """
 
-    conditioning: Tensors
+    conditioning: Mapping[Role, Tensors]
     steps: int
-    guidance_scale: float
+    guidance: Guidance
     sampler: str
     seed: int
     height: int
     width: int
-    negative: Tensors | None = None
     init_latents: np.ndarray | None = None
     strength: float = 1.0
     mask: np.ndarray | None = None
     noise: np.ndarray | None = None
     preview_interval_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class JobChange:
+    """What changes for an image that is under way; None = stays as it is.
+
+    Attributes:
+        conditioning: the roles in it are replaced.
+        strength: of an image with init latents, which then starts again from them.
+    """
+
+    conditioning: Mapping[Role, Tensors] | None = None
+    guidance: Guidance | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

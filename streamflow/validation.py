@@ -6,13 +6,22 @@ Each raises InvalidRequestError that names the field, the value and what is allo
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 
 from streamflow.errors import InvalidRequestError
-from streamflow.flow.catalog import parse_sampler
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Program, Role
+from streamflow.flow.samplers import SamplerRequest, compile_sampler
 from streamflow.types import ModelCard
 
 MAX_GUIDANCE_SCALE = 100.0
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+def check_request_id(request_id: str, *, field: str = "request_id") -> None:
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError(field, request_id, "1 to 64 of A-Z a-z 0-9 . _ -")
 
 
 def check_prompt(field: str, prompt: str, *, max_chars: int, may_be_empty: bool = False) -> None:
@@ -44,10 +53,49 @@ def check_guidance_scale(guidance_scale: float) -> None:
         raise InvalidRequestError("guidance_scale", guidance_scale, f"0 to {MAX_GUIDANCE_SCALE:g}")
 
 
-def check_sampler(card: ModelCard, sampler: str) -> None:
-    name, _ = parse_sampler(sampler)
-    if name not in card.samplers:
-        raise InvalidRequestError("sampler", sampler, "one of " + ", ".join(card.samplers))
+def check_guidance(guidance: Guidance) -> None:
+    check_guidance_scale(guidance.scale)
+    # A comparison with NaN is false, so it fails here.
+    if not 0 <= guidance.end_sigma <= guidance.start_sigma <= 1:
+        given = f"{guidance.start_sigma:g} down to {guidance.end_sigma:g}"
+        raise InvalidRequestError("guidance_interval", given, "two sigmas from 1 (noise) to 0 (data), the larger first")
+    if not 0 <= guidance.residual <= 1:
+        raise InvalidRequestError("residual_strength", guidance.residual, "0 to 1")
+
+
+def check_sampling(
+    card: ModelCard, *, sampler: str, steps: int, guidance: Guidance, strength: float | None, size_px: tuple[int, int]
+) -> Program:
+    """The program that a request's values give.
+
+    Args:
+        strength: None where there is no init image.
+        size_px: width and height.
+    """
+    check_steps(card, steps)
+    check_guidance(guidance)
+    width, height = (size // card.latent_factor for size in size_px)
+    # Tokens are patches of 2 x 2 latents.
+    request = SamplerRequest(steps, guidance, strength, tokens=width * height // 4)
+    return compile_sampler(sampler, request, card.flow)
+
+
+def texts_for(
+    program: Program, *, prompt: str, negative_prompt: str = "", source_prompt: str = "", sampler: str
+) -> dict[Role, str]:
+    """The texts that a program needs, by what they are for.
+
+    Raises:
+        InvalidRequestError: it needs a source prompt that is not there, or has no use for one.
+    """
+    if Role.SOURCE in program.roles and not source_prompt.strip():
+        hint = "say what the image shows"
+        raise InvalidRequestError("source_prompt", source_prompt, f"a text, with the sampler {sampler}", hint)
+    if Role.SOURCE not in program.roles and source_prompt:
+        hint = "leave it out, or choose the sampler flowedit"
+        raise InvalidRequestError("source_prompt", source_prompt, f"none with the sampler {sampler}", hint)
+    texts = {Role.TARGET: prompt, Role.NEGATIVE: negative_prompt, Role.SOURCE: source_prompt}
+    return {role: text for role, text in texts.items() if role in program.roles}
 
 
 def check_seed(seed: int) -> None:

@@ -9,17 +9,19 @@ from torch import Tensor
 
 
 class Network(Protocol):
-    """A velocity network; a torch module, an ONNX session and a TensorRT engine look the same from here.
+    """A velocity network or a refiner; a torch module, an ONNX session and a TensorRT engine look the same from here.
 
     Attributes:
         name: of the backend, such as "torch-eager".
-        row_counts: the row counts that it was compiled for, rising; None = any.
+        row_counts: the row counts that it was compiled for, rising, 2 or more at the end; None = any.
         row_invariant: whether a row's output has the same bits whatever the other rows are and however many.
+        takes_velocity: a refiner, which sees the last velocity behind the latents: float32 [rows, 2 C, H, W].
     """
 
     name: str
     row_counts: tuple[int, ...] | None
     row_invariant: bool
+    takes_velocity: bool
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Evaluates every row at its own timestep.

@@ -19,16 +19,25 @@ class TorchNetwork:
         forward: the family's call.
         row_counts: pad every call to one of these; None = any. One count alone makes the output independent of how
             many rows are asked for, which eager kernels are not.
+        takes_velocity: see Network.
     """
 
     name = "torch-eager"
     row_invariant = False
 
-    def __init__(self, module: nn.Module, forward: Forward, *, row_counts: tuple[int, ...] | None = None) -> None:
-        self._module, self._forward, self.row_counts = module, forward, row_counts
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        *,
+        row_counts: tuple[int, ...] | None = None,
+        takes_velocity: bool = False,
+    ) -> None:
+        # Rather than a mode around each call: a compiled step is traced through here.
+        self._module, self._forward = module.requires_grad_(False), forward
+        self.row_counts, self.takes_velocity = row_counts, takes_velocity
         self._dtype = next(module.parameters()).dtype
 
-    @torch.inference_mode()
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         inputs = {name: _as_dtype(tensor, self._dtype) for name, tensor in conditioning.items()}
         return self._forward(self._module, latents.to(self._dtype), timestep, inputs).float()

@@ -6,16 +6,18 @@ Synchronous, without threads or a clock of its own; `stages.denoiser` owns the t
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from streamflow.backends.base import Network
+from streamflow.batching.rows import cut
 from streamflow.batching.slots import Image, Layout, Slot, SlotTable
-from streamflow.batching.step import Step, run_step
+from streamflow.batching.step import Step, StepFunction, run_step
 from streamflow.errors import GenerationError, StreamFlowError
+from streamflow.flow.programs import Op
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ MAX_LAYOUTS = 16
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """An image finished op `step` of `steps`."""
+    """An image finished network evaluation `step` of `steps`."""
 
     handle: Hashable
     step: int
@@ -34,7 +36,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Preview:
-    """Latents [C, H, W] of the data that an image expects after op `step`."""
+    """Latents [C, H, W] of the data that an image expects after network evaluation `step`."""
 
     handle: Hashable
     step: int
@@ -50,7 +52,7 @@ class TickReport:
         failed: images that ended without latents, and why.
         timesteps: what the network was fed, per slot.
         rows, padded_rows: network rows asked for, and run.
-        groups: of slots that shared their network calls.
+        calls: of networks.
     """
 
     retired: dict[Hashable, np.ndarray] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class TickReport:
     timesteps: list[float] = field(default_factory=list)
     rows: int = 0
     padded_rows: int = 0
-    groups: int = 0
+    calls: int = 0
 
 
 class Engine:
@@ -71,6 +73,7 @@ class Engine:
         capacity: images at once, over all layouts.
         device: where the networks and the state are.
         dtype: of the state.
+        step: how a group of slots makes a step.
     """
 
     def __init__(
@@ -80,8 +83,9 @@ class Engine:
         capacity: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        step: StepFunction = run_step,
     ) -> None:
-        self.capacity = capacity
+        self.capacity, self._step = capacity, step
         self._networks, self._device, self._dtype = networks, torch.device(device), dtype
         self._tables: dict[Layout, SlotTable] = {}
         self._slots: dict[Hashable, tuple[SlotTable, Slot]] = {}
@@ -107,13 +111,28 @@ class Engine:
             raise ValueError(f"all {self.capacity} slots are in use; admit after a tick retired some")
         if image.handle in self._slots:
             raise ValueError(f"image {image.handle!r} is under way already")
-        for op in image.program.ops:
-            if op.network not in self._networks:
-                raise ValueError(f"op {op.name} needs the network {op.network!r}; loaded: {', '.join(self._networks)}")
-            if op.guided and image.unconditional is None:
-                raise ValueError(f"op {op.name} is guided and the image has no unconditional conditioning")
+        self._check(image)
         table = self._table(image.layout)
         self._slots[image.handle] = (table, table.allocate(image))
+
+    def change(self, handle: Hashable, change: Callable[[Image, Op], Image], *, restart: bool = False) -> None:
+        """Exchanges an image that is under way; it goes on from its latents with the new program, texts and mask.
+
+        Args:
+            change: from the image and the op that it would run next to the new image. The new program must begin
+                without using the cached velocity, which belongs to the old texts.
+            restart: begin at the new image's own start instead.
+
+        Raises:
+            KeyError: no image of this handle is under way.
+            ValueError: the new image has another layout, or its program needs what is not there.
+        """
+        table, slot = self._slots[handle]
+        image = change(slot.image, slot.op)
+        self._check(image)
+        if image.layout != table.layout or image.handle != handle:
+            raise ValueError("a change must keep the handle and the layout of an image")
+        table.exchange(slot, image, restart=restart)
 
     def cancel(self, handle: Hashable) -> None:
         """Frees the image's slot; unknown handles are ignored, they may just have retired."""
@@ -128,7 +147,7 @@ class Engine:
     def tick(self) -> TickReport:
         """One network evaluation for every image under way."""
         report = TickReport()
-        for table, name, slots in self._gather():
+        for table, name, slots in list(self._gather()):
             step = self._run(table, slots, self._networks[name], report)
             if step is not None:
                 self._update(slots, step, report)
@@ -142,18 +161,27 @@ class Engine:
         in_tables = sum(table.capacity - table.free for table in self._tables.values())
         assert in_tables == len(self._slots), f"{in_tables} rows in use, {len(self._slots)} images"
 
-    def _gather(self) -> list[tuple[SlotTable, str, list[Slot]]]:
+    def _check(self, image: Image) -> None:
+        networks = {op.network for op in image.program.ops}
+        for name in networks - self._networks.keys():
+            raise ValueError(f"the program needs the network {name!r}; loaded: {', '.join(self._networks)}")
+        for role in image.program.roles - image.conditioning.keys():
+            raise ValueError(f"the program needs the {role.name.lower()} conditioning")
+
+    def _gather(self) -> Iterator[tuple[SlotTable, str, list[Slot]]]:
         """The slots under way in groups that one network call can serve."""
         groups: dict[tuple[Layout, str], list[Slot]] = {}
         for layout, table in self._tables.items():
             for slot in table.slots:
                 groups.setdefault((layout, slot.op.network), []).append(slot)
-        return [(self._tables[layout], name, slots) for (layout, name), slots in groups.items()]
+        for (layout, name), slots in groups.items():
+            for part in cut([slot.op.rows for slot in slots], self._networks[name].row_counts):
+                yield self._tables[layout], name, slots[part]
 
     def _run(self, table: SlotTable, slots: list[Slot], network: Network, report: TickReport) -> Step | None:
         """The group's step; when the network raises, the slots run one by one so that only the guilty one fails."""
         try:
-            step = run_step(table, slots, network)
+            step = self._step(table, slots, network)
         except Exception as error:
             if len(slots) == 1:
                 self._fail(slots[0], error, report)
@@ -163,7 +191,7 @@ class Engine:
                 if alone is not None:
                     self._update([slot], alone, report)
             return None
-        report.groups += 1
+        report.calls += 1
         report.rows += step.rows
         report.padded_rows += step.padded_rows
         return step
@@ -177,13 +205,13 @@ class Engine:
     def _update(self, slots: Sequence[Slot], step: Step, report: TickReport) -> None:
         """Advances the programs and takes what is to be shown."""
         for position, slot in enumerate(slots):
-            image = slot.image
+            handle, shown = slot.image.handle, slot.preview_due
             report.timesteps.append(slot.op.timestep)
             slot.op_index += 1
-            report.progress.append(Progress(image.handle, slot.op_index, len(image.program)))
-            if image.preview_interval and slot.op_index % image.preview_interval == 0 and not slot.finished:
+            report.progress.append(Progress(handle, slot.ops_done, slot.ops_in_all))
+            if shown and step.preview is not None:
                 latents = step.preview[position].float().cpu().numpy()
-                report.previews.append(Preview(image.handle, slot.op_index, latents))
+                report.previews.append(Preview(handle, slot.ops_done, latents))
 
     def _retire(self, report: TickReport) -> None:
         for handle, (table, slot) in list(self._slots.items()):

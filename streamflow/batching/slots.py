@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from streamflow.flow.programs import COLUMNS, Op, Program
+from streamflow.flow.programs import COLUMNS, Op, Program, Role, Term
 
-CONDITIONAL, UNCONDITIONAL = 0, 1
-"""Index of the two conditionings of a slot."""
+MIN_OPS = 32
+"""Room for programs in a new slot table."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,18 +21,16 @@ class Image:
     Attributes:
         handle: the caller's name for it; unique among the images under way.
         noise: [C, H, W].
-        conditioning: named tensors without a batch axis.
-        unconditional: the same names and shapes; needed where an op of the program is guided.
+        conditioning: per role that the program uses, named tensors without a batch axis; all of the same shapes.
         source, mask: [C, H, W] clean latents; [H, W] in [0, 1], 1 = repaint.
         seed: of the draws of a stochastic program.
-        preview_interval: a preview after every so many ops; 0 = none.
+        preview_interval: a preview after every so many steps; 0 = none.
     """
 
     handle: Hashable
     program: Program
     noise: Tensor
-    conditioning: Mapping[str, Tensor]
-    unconditional: Mapping[str, Tensor] | None = None
+    conditioning: Mapping[Role, Mapping[str, Tensor]]
     source: Tensor | None = None
     mask: Tensor | None = None
     seed: int = 0
@@ -41,7 +39,8 @@ class Image:
     @property
     def layout(self) -> Layout:
         """Images of one layout share a slot table and network calls."""
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(self.conditioning.items()))
+        target = self.conditioning[Role.TARGET]
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(target.items()))
         return Layout(tuple(self.noise.shape), shapes)
 
 
@@ -55,23 +54,53 @@ class Layout:
 
 @dataclass(slots=True, eq=False)
 class Slot:
-    """One image under way: where it is in its program, and which row of its table holds its tensors."""
+    """One image under way: where it is in its program, and which row of its table holds its tensors.
+
+    Attributes:
+        earlier_ops: that it ran in programs which were exchanged since.
+    """
 
     image: Image
     row: int
     op_index: int = 0
+    earlier_ops: int = 0
 
     @property
     def op(self) -> Op:
         return self.image.program.ops[self.op_index]
 
     @property
+    def terms(self) -> Term:
+        """What the next step of this slot needs."""
+        terms = self.image.program.terms[self.op_index]
+        if self.image.mask is not None:
+            terms |= Term.MASK
+        return terms | Term.PREVIEW if self.preview_due else terms
+
+    @property
     def finished(self) -> bool:
         return self.op_index == len(self.image.program)
 
+    @property
+    def ops_done(self) -> int:
+        return self.earlier_ops + self.op_index
+
+    @property
+    def ops_in_all(self) -> int:
+        return self.earlier_ops + len(self.image.program)
+
+    @property
+    def preview_due(self) -> bool:
+        """Whether a preview belongs to the op at `op_index`: the last op of every so many steps, but of the image."""
+        ops, interval = self.image.program.ops, self.image.preview_interval
+        if not interval or self.op_index + 1 == len(ops):
+            return False
+        step = self.op.step
+        return ops[self.op_index + 1].step != step and (step - ops[0].step + 1) % interval == 0
+
 
 class SlotTable:
-    """The tensors of all slots of one layout.
+    """The tensors of all slots of one layout, and of a spare row behind them, which takes what padding computes.
 
     Args:
         layout: what each row holds.
@@ -80,11 +109,11 @@ class SlotTable:
         dtype: float32; float64 in tests of the mathematics.
 
     Attributes:
-        latents, velocity: [capacity, C, H, W]: `x` and `c` of the programs.
-        source, noise: [capacity, C, H, W]: `z0` and `n0`.
-        mask: [capacity, 1, H, W]; 1 where the image may change.
-        conditioning: by name [capacity, 2, ...].
-        programs: [capacity, ops, len(COLUMNS)]: the coefficients, on the device once for the life of a slot.
+        latents, velocity: [capacity + 1, C, H, W]: `x` and `c` of the programs.
+        source, noise: [capacity + 1, C, H, W]: `z0` and `n0`.
+        mask: [capacity + 1, 1, H, W]; 1 where the image may change.
+        conditioning: by name [capacity + 1, len(Role), ...].
+        programs: [capacity + 1, ops, len(COLUMNS)]: the coefficients, on the device once for the life of a slot.
     """
 
     def __init__(
@@ -94,8 +123,8 @@ class SlotTable:
         self._device, self._dtype = device, dtype
         self.latents, self.velocity, self.source, self.noise = (self._zeros(*layout.latents) for _ in range(4))
         self.mask = self._zeros(1, *layout.latents[1:])
-        self.conditioning = {name: self._zeros(2, *shape) for name, shape in layout.conditioning}
-        self.programs = self._zeros(1, len(COLUMNS))
+        self.conditioning = {name: self._zeros(len(Role), *shape) for name, shape in layout.conditioning}
+        self.programs = self._zeros(MIN_OPS, len(COLUMNS))
         self._free = list(range(capacity - 1, -1, -1))
         self._slots: dict[int, Slot] = {}
 
@@ -129,27 +158,42 @@ class SlotTable:
         assert rows == list(range(self.capacity)), f"rows {rows} of {self.capacity}"
         assert all(slot.row == row for row, slot in self._slots.items())
 
+    def exchange(self, slot: Slot, image: Image, *, restart: bool) -> None:
+        """Gives a slot another image's program, texts, source and mask.
+
+        Args:
+            restart: begin at the image's own start; otherwise the latents stay as they are.
+        """
+        latents = None if restart else self.latents[slot.row].clone()
+        self._write(slot.row, image)
+        if latents is not None:
+            self.latents[slot.row] = latents
+        slot.image, slot.earlier_ops, slot.op_index = image, slot.ops_done, 0
+
     def _write(self, row: int, image: Image) -> None:
         source = image.source if image.source is not None else torch.zeros_like(image.noise)
         start = image.program.start_z * source + image.program.start_n * image.noise
-        for table, value in ((self.latents, start), (self.source, source), (self.noise, image.noise)):
+        # The velocity is never another image's: a program may begin with n0 - z0, and 0 * nan is nan.
+        velocity = image.noise - source
+        tables = (self.latents, self.velocity, self.source, self.noise)
+        for table, value in zip(tables, (start, velocity, source, image.noise), strict=True):
             table[row].copy_(value, non_blocking=True)
-        # A slot's row was another image's before: 0 * nan is nan, so a stale velocity must not survive.
-        self.velocity[row].zero_()
         self.mask[row].fill_(1.0)
         if image.mask is not None:
             self.mask[row, 0].copy_(image.mask, non_blocking=True)
-        for role, tensors in ((CONDITIONAL, image.conditioning), (UNCONDITIONAL, image.unconditional)):
-            for name, tensor in (tensors or {}).items():
+        for role, tensors in image.conditioning.items():
+            for name, tensor in tensors.items():
                 self.conditioning[name][row, role].copy_(tensor, non_blocking=True)
         self._write_program(row, image.program)
 
     def _write_program(self, row: int, program: Program) -> None:
-        coefficients = program.coefficients.to(self._dtype)
-        missing = len(coefficients) - self.programs.shape[1]
-        if missing > 0:
-            self.programs = torch.cat([self.programs, self._zeros(missing, len(COLUMNS))], dim=1)
+        coefficients = torch.from_numpy(program.coefficients).to(self._dtype)
+        held = self.programs.shape[1]
+        if len(coefficients) > held:
+            # Doubled, so that its shape, which compiled steps depend on, changes seldom.
+            grown = max(2 * held, len(coefficients)) - held
+            self.programs = torch.cat([self.programs, self._zeros(grown, len(COLUMNS))], dim=1)
         self.programs[row, : len(coefficients)].copy_(coefficients, non_blocking=True)
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(self.capacity, *shape, device=self._device, dtype=self._dtype)
+        return torch.zeros(self.capacity + 1, *shape, device=self._device, dtype=self._dtype)

@@ -1,135 +1,174 @@
-"""One step of a group of slots: the network's input, its guided output, and the affine update of programs.py."""
+"""One step of a group of slots: the network's input, its guided output, and the affine update of programs.py.
+
+`advance` is the whole step on tensors alone, so that it can run as it is or be compiled for one number of rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
 from streamflow.backends.base import Network
-from streamflow.batching.rows import RowPlan, plan_rows, split_calls
-from streamflow.batching.slots import CONDITIONAL, UNCONDITIONAL, Slot, SlotTable
-from streamflow.flow.guidance import combine_guidance
+from streamflow.batching.rows import RowPlan, plan_rows
+from streamflow.batching.slots import Slot, SlotTable
 from streamflow.flow.noise import drawn_noise
-from streamflow.flow.programs import COLUMNS, Op
+from streamflow.flow.programs import COLUMNS, Term
 
 _COLUMN = {name: index for index, name in enumerate(COLUMNS)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Step:
-    """What one network call, or a few, did to a group.
+    """What one network call did to a group of slots.
 
     Attributes:
-        preview: the data that each slot expects, [slots, C, H, W].
+        preview: the data that each slot expects, [slots, C, H, W]; None where no slot shows it.
         rows, padded_rows: network rows that were asked for, and that were run.
     """
 
-    preview: Tensor
+    preview: Tensor | None
     rows: int
     padded_rows: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Which rows of a slot table a step works on, as indices on the device.
+
+    Attributes:
+        slots, ops: per slot its row in the table, and its op, [slots].
+        positions, roles: per network row the slot's position in `slots`, and its conditioning, [rows].
+        negatives: per slot the network row of its negative output, [slots].
+        draws: noise for each slot, [slots, C, H, W]; None where no op uses one.
+    """
+
+    slots: Tensor
+    ops: Tensor
+    positions: Tensor
+    roles: Tensor
+    negatives: Tensor
+    draws: Tensor | None
+
+
+StepFunction = Callable[[SlotTable, Sequence[Slot], Network], Step]
+
+
 @torch.inference_mode()
 def run_step(table: SlotTable, slots: Sequence[Slot], network: Network) -> Step:
-    """Evaluates the current op of every slot, which all use `network`, and updates their rows of `table`."""
+    """Evaluates the current op of every slot, all of which fit into one call of `network`, and updates their rows."""
+    plan = plan_rows([slot.op for slot in slots], network.row_counts)
+    terms = group_terms(slots)
+    preview = advance(network, table, select(table, slots, plan, terms), terms)
+    return Step(preview, plan.count, len(plan.positions))
+
+
+def group_terms(slots: Sequence[Slot]) -> Term:
+    """The terms that any slot of the group has; the others are not computed."""
+    return reduce(or_, (slot.terms for slot in slots))
+
+
+def select(table: SlotTable, slots: Sequence[Slot], plan: RowPlan, terms: Term, *, padded_slots: int = 0) -> Selection:
+    """The indices of a step, in one copy to the device.
+
+    Args:
+        padded_slots: fill up to so many slots with the table's spare row.
+    """
+    spare = max(0, padded_slots - len(slots))
+    numbers = [*(slot.row for slot in slots), *[table.capacity] * spare]
+    numbers += [*(slot.op_index for slot in slots), *[0] * spare]
+    numbers += [*plan.positions, *plan.roles, *plan.negatives, *[0] * spare]
+    count, rows = len(slots) + spare, len(plan.positions)
     device = table.latents.device
-    ops = [slot.op for slot in slots]
-    index = torch.tensor([[slot.row, slot.op_index] for slot in slots]).to(device, non_blocking=True)
-    rows = index[:, 0]
-    coefficients = table.programs[rows, index[:, 1]]
-    group = _Group(table, rows, slots, ops, lambda name: coefficients[:, _COLUMN[name]].view(-1, 1, 1, 1))
-
-    seen = group.network_input()
-    plan = plan_rows([op.guided for op in ops])
-    timestep = coefficients[:, _COLUMN["timestep"]]
-    output, padded = _run_network(network, plan, seen, timestep, table, rows)
-    guided = _guide(output, plan, group.coefficient("guidance_scale"))
-    group.update(guided)
-    return Step(group.coefficient("v_y") * seen + group.coefficient("v_o") * guided, len(plan.positions), padded)
+    index = torch.tensor(numbers).to(device, non_blocking=True)
+    chosen, ops, positions, roles, negatives = torch.split(index, [count, count, rows, rows, count])
+    draws = _draws(slots, spare, table.layout.latents).to(device, non_blocking=True) if Term.DRAW in terms else None
+    return Selection(chosen, ops, positions, roles, negatives, draws)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Group:
-    """The state of some slots, gathered; `coefficient` gives [slots, 1, 1, 1]."""
+def advance(network: Network, table: SlotTable, selection: Selection, terms: Term) -> Tensor | None:
+    """Runs one op of the selected slots and writes their new state into the table; the preview where `terms` has it."""
+    state = _State(table, selection, terms)
+    seen = state.network_input()
+    output = state.guide(state.call(network, seen))
+    preview = state.preview(seen, output) if Term.PREVIEW in terms else None
+    state.update(output)
+    return preview
 
-    table: SlotTable
-    rows: Tensor
-    slots: Sequence[Slot]
-    ops: Sequence[Op]
-    coefficient: Callable[[str], Tensor]
+
+class _State:
+    """The state of some slots, gathered."""
+
+    def __init__(self, table: SlotTable, selection: Selection, terms: Term) -> None:
+        self._table, self._selection, self._terms = table, selection, terms
+        self._coefficients = table.programs[selection.slots, selection.ops]
+        self._latents, self._velocity = table.latents[selection.slots], table.velocity[selection.slots]
 
     def network_input(self) -> Tensor:
-        """`y`. Terms that no op of the group has are not computed."""
-        latents = self.table.latents[self.rows]
-        if all(op.plain_input for op in self.ops):
-            return latents
-        return self._combine(latents, ("i_x", "i_c", "i_z", "i_n"))
+        """`y`, [slots, C, H, W]."""
+        if Term.INPUT not in self._terms:
+            return self._latents
+        return self._sum(self._coefficient("i_x") * self._latents, c="i_c", z="i_z", n="i_n")
+
+    def call(self, network: Network, seen: Tensor) -> Tensor:
+        """The network's output, [rows, C, H, W]."""
+        selection, timestep = self._selection, self._coefficients[:, _COLUMN["timestep"]]
+        if network.takes_velocity:
+            seen = torch.cat([seen, self._velocity], dim=1)
+        slots = selection.slots
+        if Term.GUIDED in self._terms or len(selection.positions) != len(slots):
+            seen, timestep = seen[selection.positions], timestep[selection.positions]
+            slots = slots[selection.positions]
+        conditioning = {name: values[slots, selection.roles] for name, values in self._table.conditioning.items()}
+        return network(seen, timestep, conditioning).to(self._latents.dtype)
+
+    def guide(self, output: Tensor) -> Tensor:
+        """`o_n + g (o_c - o_n)`, [slots, C, H, W]; exactly `o_c` where both are the same row."""
+        conditional = output[: len(self._selection.slots)]
+        if Term.GUIDED not in self._terms:
+            return conditional
+        negative = output[self._selection.negatives]
+        return negative + self._coefficient("guidance_scale") * (conditional - negative)
+
+    def preview(self, seen: Tensor, output: Tensor) -> Tensor:
+        shown = self._coefficient("v_y") * seen + self._coefficient("v_o") * output
+        return self._sum(shown, c="v_c")
 
     def update(self, output: Tensor) -> None:
         """`x` and `c`, both from the old `c`; then what lies outside a mask is put back."""
-        table, rows = self.table, self.rows
-        latents = self._combine(table.latents[rows], ("p_x", "p_c", "", "p_n")) + self.coefficient("p_o") * output
-        velocity = self.coefficient("g_o") * output
-        if any(op.g_c for op in self.ops):
-            velocity = velocity + self.coefficient("g_c") * table.velocity[rows]
-        if any(slot.image.mask is not None for slot in self.slots):
+        moved = self._coefficient("p_x") * self._latents + self._coefficient("p_o") * output
+        latents = self._sum(moved, c="p_c", z="p_z", n="p_n")
+        velocity = self._sum(self._coefficient("g_o") * output, c="g_c")
+        if Term.MASK in self._terms:
             latents, velocity = self._keep_unmasked(latents, velocity)
-        table.latents[rows] = latents
-        table.velocity[rows] = velocity
-
-    def _combine(self, latents: Tensor, names: tuple[str, str, str, str]) -> Tensor:
-        on_x, on_c, on_z, on_n = names
-        total = self.coefficient(on_x) * latents
-        if any(getattr(op, on_c) for op in self.ops):
-            total = total + self.coefficient(on_c) * self.table.velocity[self.rows]
-        if on_z and any(getattr(op, on_z) for op in self.ops):
-            total = total + self.coefficient(on_z) * self.table.source[self.rows]
-        if any(getattr(op, on_n) for op in self.ops):
-            total = total + self.coefficient(on_n) * self._draws().to(latents)
-        return total
-
-    def _draws(self) -> Tensor:
-        shape = self.table.layout.latents
-        return torch.stack(
-            [
-                torch.zeros(shape) if op.draw is None else drawn_noise(slot.image.seed, op.draw, shape)
-                for slot, op in zip(self.slots, self.ops, strict=True)
-            ]
-        )
+        self._table.latents[self._selection.slots] = latents
+        self._table.velocity[self._selection.slots] = velocity
 
     def _keep_unmasked(self, latents: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-        mask, source, noise = (t[self.rows] for t in (self.table.mask, self.table.source, self.table.noise))
-        kept = self.coefficient("k_z") * source + self.coefficient("k_n") * noise
+        table, slots = self._table, self._selection.slots
+        mask, source, noise = table.mask[slots], table.source[slots], table.noise[slots]
+        kept = self._coefficient("k_z") * source + self._coefficient("k_n") * noise
         return torch.lerp(kept, latents, mask), torch.lerp(noise - source, velocity, mask)
 
+    def _sum(self, total: Tensor, *, c: str = "", z: str = "", n: str = "") -> Tensor:
+        """Adds the terms whose coefficients have these names."""
+        if c and Term.VELOCITY in self._terms:
+            total = total + self._coefficient(c) * self._velocity
+        if z and Term.SOURCE in self._terms:
+            total = total + self._coefficient(z) * self._table.source[self._selection.slots]
+        if n and self._selection.draws is not None:
+            total = total + self._coefficient(n) * self._selection.draws
+        return total
 
-def _run_network(
-    network: Network, plan: RowPlan, seen: Tensor, timestep: Tensor, table: SlotTable, rows: Tensor
-) -> tuple[Tensor, int]:
-    """The raw output [len(plan.positions), C, H, W], and the rows that were run for it."""
-    slots = len(plan.positions) - len(plan.guided)
-    outputs, padded_rows = [], 0
-    for call in split_calls(len(plan.positions), network.row_counts):
-        # Padding repeats a real row: zeros could give nan, which some kernels make slow.
-        wanted = list(range(call.start, call.stop)) + [call.start] * (call.padded - (call.stop - call.start))
-        roles = [CONDITIONAL if row < slots else UNCONDITIONAL for row in wanted]
-        picks = torch.tensor([[plan.positions[row] for row in wanted], roles]).to(seen.device, non_blocking=True)
-        position, role = picks[0], picks[1]
-        conditioning = {name: values[rows[position], role] for name, values in table.conditioning.items()}
-        output = network(seen[position], timestep[position], conditioning)
-        outputs.append(output[: call.stop - call.start])
-        padded_rows += call.padded
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(seen.dtype), padded_rows
+    def _coefficient(self, name: str) -> Tensor:
+        return self._coefficients[:, _COLUMN[name]].view(-1, 1, 1, 1)
 
 
-def _guide(output: Tensor, plan: RowPlan, guidance_scale: Tensor) -> Tensor:
-    if not plan.guided:
-        return output
-    slots = len(output) - len(plan.guided)
-    conditional, unconditional = output[:slots].clone(), output[slots:]
-    guided = torch.tensor(plan.guided).to(output.device, non_blocking=True)
-    conditional[guided] = combine_guidance(conditional[guided], unconditional, guidance_scale[guided])
-    return conditional
+def _draws(slots: Sequence[Slot], spare: int, shape: tuple[int, ...]) -> Tensor:
+    zeros = torch.zeros(shape)
+    drawn = [zeros if slot.op.draw is None else drawn_noise(slot.image.seed, slot.op.draw, shape) for slot in slots]
+    return torch.stack([*drawn, *[zeros] * spare])

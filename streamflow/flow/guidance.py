@@ -1,15 +1,51 @@
-"""Classifier-free guidance over packed rows."""
+"""Guidance as data: which op is guided by how much."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from enum import StrEnum
 
 
-def combine_guidance(conditional: Tensor, unconditional: Tensor, guidance_scale: Tensor) -> Tensor:
-    """`o_u + g (o_c - o_u)` (Ho and Salimans, "Classifier-free diffusion guidance").
+class GuidanceMode(StrEnum):
+    """What an evaluation is steered away from.
 
-    Args:
-        conditional, unconditional: [n, C, H, W].
-        guidance_scale: [n, 1, 1, 1].
+    FULL: the negative prompt, with a second row in every evaluation (Ho and Salimans, "Classifier-free diffusion
+    guidance"). The other two, from StreamDiffusion (Kodaira et al.), spare that row; for rectified flows they are
+    derived rather than published, and experimental: SELF_NEGATIVE from the velocity towards the source image (without
+    one, towards an empty one); ONETIME_NEGATIVE from the negative prompt's velocity at the first step.
     """
-    return unconditional + guidance_scale * (conditional - unconditional)
+
+    FULL = "full"
+    SELF_NEGATIVE = "self-negative"
+    ONETIME_NEGATIVE = "onetime-negative"
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """How an image is guided: `o = o_n + scale (o_c - o_n)` with the conditional and the negative output.
+
+    Attributes:
+        scale: 1 or less = the conditional output alone.
+        start_sigma, end_sigma: it acts on evaluations from start_sigma down to end_sigma, both included (Kynkäänniemi
+            et al., "Applying guidance in a limited interval").
+        mode: where the negative output comes from.
+        residual: strength of that output in the residual modes.
+    """
+
+    scale: float = 1.0
+    start_sigma: float = 1.0
+    end_sigma: float = 0.0
+    mode: GuidanceMode = GuidanceMode.FULL
+    residual: float = 1.0
+
+    @property
+    def on(self) -> bool:
+        return self.scale > 1
+
+    @property
+    def is_residual(self) -> bool:
+        return self.on and self.mode is not GuidanceMode.FULL
+
+    def at(self, sigma: float) -> float:
+        """The scale for an evaluation at `sigma`: 1 outside the interval, so that its second row drops out."""
+        return self.scale if self.on and self.end_sigma <= sigma <= self.start_sigma else 1.0
