@@ -75,6 +75,20 @@ def save_sd_checkpoint(folder: Path, *, shift: float = 1.0) -> Path:
     )
     pipeline.save_pretrained(folder)
     tiny.save_pretrained(folder / "tiny_vae")
+    refiner = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("DownBlock2D",),
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        cross_attention_dim=16,
+    )
+    refiner.register_to_config(max_step=0.25)
+    refiner.save_pretrained(folder / "unet_refiner")
     return folder
 
 

@@ -16,7 +16,7 @@ from training.pairs import make_pairs
 from training.parts import STATE_DIR
 
 # In the order in which `all` runs them; each is a module with a `run()`.
-PHASES = ("vae", "text", "tiny", "decoder", "classifier", "flow", "reflow", "evaluate")
+PHASES = ("vae", "text", "tiny", "decoder", "classifier", "flow", "reflow", "refiner", "evaluate")
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 

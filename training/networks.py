@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from diffusers import AutoencoderKL, AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 LATENT_PX = 16
 TOKENS = 32
 TEXT_WIDTH = 128
 UNET_CHANNELS = (64, 96, 96)
+REFINER_CHANNELS = (16,)
 
 
 def new_vae() -> AutoencoderKL:
@@ -70,6 +72,33 @@ def new_unet() -> UNet2DConditionModel:
         norm_num_groups=16,
         cross_attention_dim=TEXT_WIDTH,
     )
+
+
+def new_refiner(*, max_step: float, channels: tuple[int, ...] = REFINER_CHANNELS) -> UNet2DConditionModel:
+    """Latents and the last velocity [B, 8, 16, 16], timestep and embeddings to the change of velocity; 0 untrained.
+
+    Without attention: what the caption asks for is in the last velocity already.
+
+    Args:
+        max_step: the longest step of sigma that it is trained for; kept in its config.
+    """
+    levels = len(channels)
+    refiner = UNet2DConditionModel(
+        sample_size=LATENT_PX,
+        in_channels=8,
+        out_channels=4,
+        down_block_types=("DownBlock2D",) * levels,
+        mid_block_type=None,
+        up_block_types=("UpBlock2D",) * levels,
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=TEXT_WIDTH,
+    )
+    refiner.register_to_config(max_step=max_step)
+    nn.init.zeros_(refiner.conv_out.weight)
+    nn.init.zeros_(refiner.conv_out.bias)
+    return refiner
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -12,7 +12,6 @@ from streamflow.types import ModelCard, Tensors
 
 if TYPE_CHECKING:
     from streamflow.backends.base import Network
-    from streamflow.flow.samplers import FlowSpec
 
 
 class TextEncoder(Protocol):
@@ -45,12 +44,10 @@ class Denoiser:
 
     Attributes:
         networks: by the names that programs use.
-        flow: that they were trained on.
         conditioning_shapes: of the named tensors that each row is conditioned on, without a batch axis.
     """
 
     networks: Mapping[str, Network]
-    flow: FlowSpec
     card: ModelCard
     conditioning_shapes: Mapping[str, tuple[int, ...]]
 

@@ -15,20 +15,28 @@ import numpy as np
 from streamflow.errors import InvalidRequestError
 from streamflow.families.base import Denoiser
 from streamflow.families.checkpoint import read_json, recommended, weights_revision
-from streamflow.flow.catalog import SAMPLERS
+from streamflow.flow.programs import BASE, REFINER
+from streamflow.flow.samplers import served
+from streamflow.flow.schedules import ScheduleSpec
+from streamflow.flow.spec import FlowSpec, RefinerSpec
 from streamflow.types import DecoderKind, ModelCard, Tensors
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-PARTS = ("tokenizer", "text_encoder", "unet", "vae", "tiny_vae", "scheduler")
+    from streamflow.backends.base import Network
+
+PARTS = ("tokenizer", "text_encoder", "unet", "unet_refiner", "vae", "tiny_vae", "scheduler")
+UNET_REFINER = "unet_refiner"
+DEFAULT_MAX_STEP = 0.12
+"""Of a refiner whose config does not say what it was trained for: the range of FlowTurbo's own."""
 
 
 def describe(folder: Path, name: str) -> ModelCard:
     unet, vae = read_json(folder, "unet/config.json"), read_json(folder, "vae/config.json")
-    _check_flow(folder, unet)
     advice = recommended(folder)
+    flow = _flow(folder, unet, advice)
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     sample = unet["sample_size"]
     height, width = (sample, sample) if isinstance(sample, int) else sample
@@ -46,21 +54,40 @@ def describe(folder: Path, name: str) -> ModelCard:
         max_steps=advice.get("max_steps", 100),
         default_guidance_scale=advice.get("default_guidance_scale", 1.0),
         default_sampler=advice.get("default_sampler", "euler"),
-        samplers=tuple(SAMPLERS),
+        samplers=served(flow),
         decoders=decoders,
         default_decoder=DecoderKind(advice.get("default_decoder", decoders[0])),
         max_prompt_tokens=read_json(folder, "tokenizer/tokenizer_config.json")["model_max_length"],
         latent_channels=unet["in_channels"],
         latent_factor=factor,
+        flow=flow,
     )
 
 
-def _check_flow(folder: Path, unet: Mapping[str, Any]) -> None:
-    scheduler = read_json(folder, "scheduler/scheduler_config.json").get("_class_name")
-    if scheduler != "FlowMatchEulerDiscreteScheduler":
-        raise InvalidRequestError("model", scheduler, "a scheduler FlowMatchEulerDiscreteScheduler: a rectified flow")
+def _flow(folder: Path, unet: Mapping[str, Any], advice: Mapping[str, Any]) -> FlowSpec:
+    scheduler = read_json(folder, "scheduler/scheduler_config.json")
+    name = scheduler.get("_class_name")
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise InvalidRequestError("model", name, "a scheduler FlowMatchEulerDiscreteScheduler: a rectified flow")
     if unet["in_channels"] != unet["out_channels"]:
         raise InvalidRequestError("model", f"UNet with {unet['in_channels']} input channels", f"{unet['out_channels']}")
+    return FlowSpec(
+        schedule=ScheduleSpec(shift=scheduler.get("shift", 1.0)),
+        evaluates_data=advice.get("evaluates_data", True),
+        refiner=_refiner(folder, unet),
+    )
+
+
+def _refiner(folder: Path, unet: Mapping[str, Any]) -> RefinerSpec | None:
+    if not (folder / UNET_REFINER).is_dir():
+        return None
+    config = read_json(folder, f"{UNET_REFINER}/config.json")
+    channels = unet["in_channels"]
+    if (config["in_channels"], config["out_channels"]) != (2 * channels, channels):
+        given = f"{UNET_REFINER} with {config['in_channels']} input and {config['out_channels']} output channels"
+        allowed = f"{2 * channels} and {channels}: the latents and the last velocity in, its change out"
+        raise InvalidRequestError("model", given, allowed)
+    return RefinerSpec(max_step=config.get("max_step", DEFAULT_MAX_STEP), guided=config.get("guided", False))
 
 
 def load_text_encoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> ClipTextEncoder:
@@ -91,16 +118,23 @@ def load_decoder(
 def load_denoiser(
     folder: Path, *, card: ModelCard, device: torch.device, dtype: torch.dtype, row_counts: tuple[int, ...] | None
 ) -> Denoiser:
+    networks = {BASE: _load_unet(folder / "unet", device=device, dtype=dtype, row_counts=row_counts)}
+    if card.flow.refiner is not None:
+        networks[REFINER] = _load_unet(folder / UNET_REFINER, device=device, dtype=dtype, row_counts=row_counts)
+    width = read_json(folder, "unet/config.json")["cross_attention_dim"]
+    return Denoiser(networks, card, {"prompt_embeds": (card.max_prompt_tokens, width)})
+
+
+def _load_unet(
+    folder: Path, *, device: torch.device, dtype: torch.dtype, row_counts: tuple[int, ...] | None
+) -> Network:
     from diffusers import UNet2DConditionModel
 
     from streamflow.backends.torch_eager import TorchNetwork
-    from streamflow.flow.samplers import FlowSpec
 
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, use_safetensors=True)
-    network = TorchNetwork(unet.to(device).eval(), _call_unet, row_counts=row_counts)
-    shift = read_json(folder, "scheduler/scheduler_config.json").get("shift", 1.0)
-    shapes = {"prompt_embeds": (card.max_prompt_tokens, unet.config.cross_attention_dim)}
-    return Denoiser({"base": network}, FlowSpec(shift=shift), card, shapes)
+    unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    takes_velocity = folder.name == UNET_REFINER
+    return TorchNetwork(unet.to(device).eval(), _call_unet, row_counts=row_counts, takes_velocity=takes_velocity)
 
 
 def _call_unet(unet: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from streamflow import families
 from streamflow.errors import InvalidRequestError
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
+from streamflow.flow.spec import RefinerSpec
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.types import DecoderKind, DenoiseJob
 from tests.checkpoints import TOKENS
@@ -55,11 +58,11 @@ def test_latents_equal_the_reference_for_all_steps_and_guidance_in_one_batch(
     stage, reference = DenoiserStage.load(folder, device="cpu", slots=8), load_reference(folder)
     prompt, negative_prompt = "a red circle", "a blue ring"
     encoder = families.load_text_encoder(folder, **FLOAT)
-    conditioning, negative = encoder.encode([prompt, negative_prompt])
+    texts = dict(zip((Role.TARGET, Role.NEGATIVE), encoder.encode([prompt, negative_prompt]), strict=True))
     size = stage.card.default_height
     cases = [(steps, guidance) for steps in (1, 2, 4, 7, 25) for guidance in (1.0, 4.0)]
     jobs = [
-        DenoiseJob(conditioning, steps, guidance, "euler", 10 + k, size, size, negative=negative)
+        DenoiseJob(texts, steps, Guidance(guidance), "euler", 10 + k, size, size)
         for k, (steps, guidance) in enumerate(cases)
     ]
     for k, ((steps, guidance), latents) in enumerate(zip(cases, stage.run(jobs), strict=True)):
@@ -155,14 +158,33 @@ def test_checkpoint_that_is_no_rectified_flow_is_refused(sd_checkpoint: Path, tm
         families.describe(copy)
 
 
+def test_a_refiner_is_loaded_where_the_checkpoint_has_one(sd_checkpoint: Path, tmp_path: Path) -> None:
+    card = families.describe(sd_checkpoint)
+    assert card.flow.refiner == RefinerSpec(max_step=0.25)
+    assert set(families.load_denoiser(sd_checkpoint, **FLOAT).networks) == {"base", "refiner"}
+    without = shutil.copytree(sd_checkpoint, tmp_path / "without")
+    shutil.rmtree(without / "unet_refiner")
+    assert families.describe(without).flow.refiner is None
+    assert families.describe(without).revision != card.revision
+    assert set(families.load_denoiser(without, **FLOAT).networks) == {"base"}
+    with pytest.raises(InvalidRequestError, match="a checkpoint with a refiner"):
+        DenoiserStage.load(without, device="cpu").run(
+            [DenoiseJob({}, 2, Guidance(), "H1R1", 0, card.default_height, card.default_width)]
+        )
+    wrong = shutil.copytree(sd_checkpoint, tmp_path / "wrong")
+    _edit(wrong / "unet_refiner" / "config.json", {"in_channels": 4})
+    with pytest.raises(InvalidRequestError, match="8 and 4: the latents and the last velocity in"):
+        families.describe(wrong)
+
+
 def test_row_count_pads_the_network_calls(sd_checkpoint: Path) -> None:
     """In deterministic mode an image has the same bytes alone and among strangers."""
     stage = DenoiserStage.load(sd_checkpoint, device="cpu", slots=8, deterministic=True)
     rng = np.random.default_rng(0)
 
     def job(k: int) -> DenoiseJob:
-        embeds = [{"prompt_embeds": rng.normal(size=(TOKENS, 16)).astype(np.float32)} for _ in range(2)]
-        return DenoiseJob(embeds[0], 2 + k, (1.0, 4.0)[k % 2], "euler", k, 64, 64, negative=embeds[1])
+        texts = {role: {"prompt_embeds": rng.normal(size=(TOKENS, 16)).astype(np.float32)} for role in Role}
+        return DenoiseJob(texts, 2 + k, Guidance((1.0, 4.0)[k % 2]), "euler", k, 64, 64)
 
     jobs = [job(k) for k in range(7)]
     together = stage.run(jobs)
