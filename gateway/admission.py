@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from streamflow.config import GatewaySettings
 from streamflow.errors import DeadlineError, InvalidRequestError
-from streamflow.flow.catalog import first_step
+from streamflow.flow.samplers import sampler_steps
 from streamflow.rpc import convert
 from streamflow.types import ModelCard
 from streamflow.v1 import types_pb2
 from streamflow.validation import (
     MAX_GUIDANCE_SCALE,
-    check_guidance_scale,
     check_prompt,
-    check_sampler,
+    check_request_id,
+    check_sampling,
     check_size,
-    check_steps,
+    texts_for,
 )
 
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 DEFAULT_STRENGTH = 0.8
 
-# Rectified-flow pipelines of diffusers count the steps of img2img upwards.
-_ROUND_UP_FAMILIES = ("sd3", "flux")
 _TRUE_CFG_FAMILIES = ("flux",)
 _PRIORITIES = {
     types_pb2.PRIORITY_UNSPECIFIED: 0,
@@ -64,7 +60,7 @@ def fill_in(
     filled.height = request.height or card.default_height
     filled.sampler = request.sampler.strip() or card.default_sampler
     filled.priority = request.priority or types_pb2.PRIORITY_NORMAL
-    _default(filled, "steps", card.default_steps)
+    _default(filled, "steps", sampler_steps(filled.sampler, card.default_steps))
     _default(filled, "guidance_scale", card.default_guidance_scale)
     _default(filled, "seed", seed)
     if request.init_image:
@@ -78,9 +74,10 @@ def check(request: types_pb2.GenerateRequest, *, card: ModelCard, settings: Gate
     _check_identity(request, card)
     _check_prompts(request, card, settings)
     _check_counts(request, card, settings)
-    _check_guidance(request, card)
+    _check_true_guidance(request, card)
     _check_size(request, card, settings)
-    _check_images(request, card, settings)
+    _check_images(request, settings)
+    _check_sampling(request, card)
     _check_output(request, card)
 
 
@@ -113,11 +110,6 @@ def reserved_bytes(request: types_pb2.GenerateRequest) -> int:
     return num_images(request) * (request.width * request.height * 3 + _OVERHEAD_BYTES)
 
 
-def check_request_id(request_id: str, *, field: str = "request_id") -> None:
-    if not REQUEST_ID.fullmatch(request_id):
-        raise InvalidRequestError(field, request_id, "1 to 64 of A-Z a-z 0-9 . _ -")
-
-
 def _check_identity(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
     if request.request_id:
         check_request_id(request.request_id)
@@ -136,27 +128,38 @@ def _check_prompts(request: types_pb2.GenerateRequest, card: ModelCard, settings
         check_prompt(field, prompt, max_chars=settings.max_prompt_chars)
     negative = request.negative_prompt
     check_prompt("negative_prompt", negative, max_chars=settings.max_prompt_chars, may_be_empty=True)
+    check_prompt("source_prompt", request.source_prompt, max_chars=settings.max_prompt_chars, may_be_empty=True)
 
 
 def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
-    if request.HasField("steps"):
-        check_steps(card, request.steps)
     if num_images(request) > settings.max_images:
         allowed = f"at most {settings.max_images} images over all prompts"
         raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
     _check_range("preview_interval_steps", request.preview_interval_steps, 0, card.max_steps)
 
 
-def _check_guidance(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
-    if request.HasField("guidance_scale"):
-        check_guidance_scale(request.guidance_scale)
+def _check_true_guidance(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
     if request.HasField("true_cfg_scale"):
         if card.family not in _TRUE_CFG_FAMILIES:
             hint = f"{card.name} has guidance_scale only"
             raise InvalidRequestError("true_cfg_scale", request.true_cfg_scale, "leave it out", hint)
         _check_range("true_cfg_scale", request.true_cfg_scale, 0, MAX_GUIDANCE_SCALE)
-    if request.sampler.strip():
-        check_sampler(card, request.sampler)
+
+
+def _check_sampling(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
+    _check_enum("guidance.mode", request.guidance.mode, types_pb2.GuidanceMode.items())
+    sampler = request.sampler.strip() or card.default_sampler
+    scale = request.guidance_scale if request.HasField("guidance_scale") else card.default_guidance_scale
+    strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
+    program = check_sampling(
+        card,
+        sampler=sampler,
+        steps=request.steps if request.HasField("steps") else sampler_steps(sampler, card.default_steps),
+        guidance=convert.guidance_from_pb(scale, request.guidance),
+        strength=strength if request.init_image else None,
+        size_px=(request.width or card.default_width, request.height or card.default_height),
+    )
+    texts_for(program, prompt="", source_prompt=request.source_prompt, sampler=sampler)
 
 
 def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
@@ -176,18 +179,15 @@ def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: G
         )
 
 
-def _check_images(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
+def _check_images(request: types_pb2.GenerateRequest, settings: GatewaySettings) -> None:
     if request.mask_image and not request.init_image:
-        raise InvalidRequestError("mask_image", request.mask_image, "only with init_image", "send the image to repaint")
+        given = f"{len(request.mask_image)} bytes"
+        raise InvalidRequestError("mask_image", given, "only with init_image", "send the image to repaint")
     if request.HasField("strength") and not request.init_image:
         raise InvalidRequestError("strength", request.strength, "only with init_image")
     for field, data in (("init_image", request.init_image), ("mask_image", request.mask_image)):
         if len(data) > settings.max_image_bytes:
             raise InvalidRequestError(field, f"{len(data)} bytes", f"at most {settings.max_image_bytes} bytes")
-    if request.init_image:
-        steps = request.steps or card.default_steps
-        strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
-        first_step(steps, strength, round_up=card.family in _ROUND_UP_FAMILIES)
 
 
 def _check_output(request: types_pb2.GenerateRequest, card: ModelCard) -> None:

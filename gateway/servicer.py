@@ -10,7 +10,6 @@ from typing import Any
 
 import grpc.aio
 
-from gateway.admission import check_request_id
 from gateway.pipeline import JobKey, Pipeline
 from gateway.story import Collected, job_to_pb
 from streamflow.config import GatewaySettings
@@ -22,6 +21,7 @@ from streamflow.telemetry import Counters
 from streamflow.transport.base import JobPlace, JobView, Transport
 from streamflow.types import ModelCard
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+from streamflow.validation import check_request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
 

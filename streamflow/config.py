@@ -16,6 +16,12 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
+def default_model() -> Path:
+    """The built-in model: under the current folder, or else where this library stands in its repository."""
+    here = Path("models/shapes")
+    return here if here.is_dir() else Path(__file__).parent.parent / here
+
+
 class Settings(BaseSettings):
     """What every process of a deployment needs to know."""
 
@@ -38,7 +44,7 @@ class Settings(BaseSettings):
 class StageSettings(Settings):
     """What a stage's process needs besides."""
 
-    model: Path = Field(Path("models/shapes"), description="Checkpoint folder in diffusers layout")
+    model: Path = Field(default_factory=default_model, description="Checkpoint folder in diffusers layout")
     model_name: str = Field("", description="Name that clients use; empty = the folder's name")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -47,6 +53,9 @@ class StageSettings(Settings):
     threads: int = Field(0, ge=0, description="CPU threads of the networks; 0 = all cores (1 in deterministic mode)")
     deterministic: bool = Field(
         False, description="Equal bytes whatever the neighbours: one row count for every call, fixed threads"
+    )
+    compiled: bool = Field(
+        False, description="Compile network, guidance and update for each number of rows; starts slowly (denoiser)"
     )
     slots: int = Field(0, ge=0, le=1024, description="Images that it holds at once; 0 = the stage's default")
     max_wait_ms: float = Field(4.0, ge=0, description="How long a batch waits for more work (encoder, decoder)")
@@ -63,7 +72,7 @@ class GatewaySettings(Settings):
     """What the gateway needs besides."""
 
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
-    model: Path = Field(Path("models/shapes"), description="Checkpoint folder: its card gives defaults and limits")
+    model: Path = Field(default_factory=default_model, description="Checkpoint folder: its card gives the defaults")
     model_name: str = Field("", description="Name that clients use; empty = the folder's name")
     api_keys_file: Path | None = Field(
         None, description="File with one `key tenant` a line; none = no keys are asked for"

@@ -23,6 +23,8 @@ Picture = Image.Image | bytes | str | Path
 
 Mode = Literal["RGB", "L"]
 
+_PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Source:
@@ -62,6 +64,18 @@ def load_source(
     return Source(_resized(picture, size), _resized(repaint, size))
 
 
+def keep_unmasked(pixels: np.ndarray, source: Source) -> np.ndarray:
+    """Repainted pixels where the mask is white, the source's where it is black, and mixed where it is gray.
+
+    Args:
+        pixels: uint8 [height, width, 3], of the source's size.
+    """
+    if source.mask is None:
+        return pixels
+    share = source.mask[..., None].astype(np.uint16)
+    return ((pixels * share + source.image * (255 - share) + 127) // 255).astype(np.uint8)
+
+
 def read(
     field: str,
     picture: Picture,
@@ -83,7 +97,7 @@ def read(
         case bytes():
             return _decode(field, picture, mode, max_pixels, formats)
         case str() | Path():
-            return _decode(field, _file(field, Path(picture)), mode, max_pixels, formats)
+            return _decode(field, read_file(field, Path(picture)), mode, max_pixels, formats)
         case Image.Image():
             try:
                 return _plain(picture, mode)
@@ -93,7 +107,31 @@ def read(
     raise InvalidRequestError(field, picture, "a PIL image, the bytes of a picture file, or the path of one")
 
 
-def _file(field: str, path: Path) -> bytes:
+def as_file(field: str, picture: Picture) -> bytes:
+    """A picture as the bytes of a file: files as they are, and a PIL image, turned upright, as a PNG.
+
+    Raises:
+        InvalidRequestError: it cannot be read, or it is no picture at all.
+    """
+    match picture:
+        case bytes():
+            return picture
+        case str() | Path():
+            return read_file(field, Path(picture))
+        case Image.Image():
+            file = io.BytesIO()
+            try:
+                # A PNG keeps no orientation, and has no CMYK, YCbCr and the like.
+                upright = ImageOps.exif_transpose(picture)
+                (upright if upright.mode in _PNG_MODES else upright.convert("RGB")).save(file, "PNG")
+            except (OSError, ValueError) as error:
+                raise InvalidRequestError(field, picture, "a picture that can be read", str(error)) from error
+            return file.getvalue()
+    raise InvalidRequestError(field, picture, "a PIL image, the bytes of a picture file, or the path of one")
+
+
+def read_file(field: str, path: Path) -> bytes:
+    """Raises InvalidRequestError."""
     try:
         return path.read_bytes()
     except OSError as error:

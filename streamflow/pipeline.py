@@ -15,20 +15,22 @@ from PIL import Image
 from streamflow.backends.runtime import set_threads
 from streamflow.batching.engine import Progress
 from streamflow.errors import InvalidRequestError
+from streamflow.flow.guidance import Guidance, GuidanceMode
 from streamflow.flow.noise import image_seed
-from streamflow.pictures import Picture, load_source
+from streamflow.flow.programs import Program
+from streamflow.flow.samplers import sampler_steps
+from streamflow.pictures import Picture, keep_unmasked, load_source
 from streamflow.stages.decoder import DecoderStage
 from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
 from streamflow.stages.encoder import EncoderStage
 from streamflow.types import DecoderKind, DenoiseJob, EncodedJob, EncodeJob, ModelCard
 from streamflow.validation import (
     check_count,
-    check_guidance_scale,
     check_prompt,
-    check_sampler,
+    check_sampling,
     check_seed,
     check_size,
-    check_steps,
+    texts_for,
 )
 
 MAX_IMAGES = 1024
@@ -120,8 +122,12 @@ class Pipeline:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str = "",
+        source_prompt: str = "",
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (1.0, 0.0),
+        guidance_mode: str = "full",
+        residual_strength: float = 1.0,
         seed: int | None = None,
         num_images: int = 1,
         width: int | None = None,
@@ -137,7 +143,11 @@ class Pipeline:
         """Makes `num_images` pictures of each prompt; image k of the call uses `seed + k`.
 
         Args:
+            source_prompt: what `image` shows, for samplers that edit it.
             steps, guidance_scale, width, height, sampler: None = the model's default.
+            guidance_interval: sigmas between which guidance acts, such as (0.9, 0.2); 1 = noise, 0 = data.
+            guidance_mode: "full", "self-negative" or "onetime-negative"; the last two are experimental, and
+                `residual_strength` in [0, 1] scales what they steer away from.
             seed: None = a random one, reported in the output.
             image, strength, mask: start from a picture; change it by strength in (0, 1] (default 0.8); only where the
                 mask, a picture of the same size, is white. PIL images, or PNG, JPEG and WebP files as bytes or paths;
@@ -151,10 +161,12 @@ class Pipeline:
         """
         card = self.card
         width, height = width or card.default_width, height or card.default_height
+        sampler = sampler or card.default_sampler
+        scale = card.default_guidance_scale if guidance_scale is None else guidance_scale
         settings = _Settings(
-            steps=card.default_steps if steps is None else steps,
-            guidance_scale=card.default_guidance_scale if guidance_scale is None else guidance_scale,
-            sampler=sampler or card.default_sampler,
+            steps=sampler_steps(sampler, card.default_steps) if steps is None else steps,
+            guidance=_guidance(scale, guidance_interval, guidance_mode, residual_strength),
+            sampler=sampler,
             seed=secrets.randbits(64) if seed is None else seed,
             width=width,
             height=height,
@@ -162,11 +174,14 @@ class Pipeline:
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         _check(card, settings, prompts, negative_prompt, num_images)
+        program = settings.check(card, has_image=image is not None)
         noise = _noise(latents, len(prompts) * num_images)
 
         clock = _Clock()
-        pictures = _pictures(image, mask, (width, height))
-        texts = [EncodeJob(text, negative_prompt, settings.guidance_scale > 1, *pictures) for text in prompts]
+        source = None if image is None else load_source(image, mask, size=(width, height), names=("image", "mask"))
+        more = {"negative_prompt": negative_prompt, "source_prompt": source_prompt, "sampler": settings.sampler}
+        pictures = {} if source is None else {"init_image": source.image, "mask": source.mask}
+        texts = [EncodeJob(texts_for(program, prompt=text, **more), **pictures) for text in prompts]
         encoded = self._encoder.encode(texts)
         clock.lap("encode")
         owners = [job for job in encoded for _ in range(num_images)]
@@ -176,29 +191,40 @@ class Pipeline:
         clock.lap("denoise")
         images: list[Image.Image] | np.ndarray = []
         if output != "latents":
-            pixels = self._decoder.decode(final, self._kind)
-            images = pixels if output == "np" else [Image.fromarray(one) for one in pixels]
+            decoded = self._decoder.decode(final, self._kind)
+            if source is not None:
+                decoded = np.stack([keep_unmasked(one, source) for one in decoded])
+            images = decoded if output == "np" else [Image.fromarray(one) for one in decoded]
             clock.lap("decode")
-        warnings = tuple(dict.fromkeys(warning for job in encoded for warning in job.warnings))
+        warnings = tuple(dict.fromkeys(warning for job in encoded for warning in (*job.warnings, *program.warnings)))
         return PipelineOutput(images, final, seeds, clock.laps, warnings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Settings:
     steps: int
-    guidance_scale: float
+    guidance: Guidance
     sampler: str
     seed: int
     width: int
     height: int
     strength: float
 
+    def check(self, card: ModelCard, *, has_image: bool) -> Program:
+        return check_sampling(
+            card,
+            sampler=self.sampler,
+            steps=self.steps,
+            guidance=self.guidance,
+            strength=self.strength if has_image else None,
+            size_px=(self.width, self.height),
+        )
+
     def job(self, encoded: EncodedJob, seed: int, noise: np.ndarray | None) -> DenoiseJob:
         return DenoiseJob(
             conditioning=encoded.conditioning,
-            negative=encoded.negative,
             steps=self.steps,
-            guidance_scale=self.guidance_scale,
+            guidance=self.guidance,
             sampler=self.sampler,
             seed=seed,
             height=self.height,
@@ -226,12 +252,15 @@ def _check(card: ModelCard, settings: _Settings, prompts: list[str], negative_pr
         check_prompt("prompt", prompt, max_chars=MAX_PROMPT_CHARS)
     check_prompt("negative_prompt", negative_prompt, max_chars=MAX_PROMPT_CHARS, may_be_empty=True)
     check_count("num_images", num_images, MAX_IMAGES // len(prompts))
-    check_steps(card, settings.steps)
-    check_guidance_scale(settings.guidance_scale)
-    check_sampler(card, settings.sampler)
     check_seed(settings.seed)
     check_size(card, "width", settings.width)
     check_size(card, "height", settings.height)
+
+
+def _guidance(scale: float, interval: tuple[float, float], mode: str, residual: float) -> Guidance:
+    if mode not in list(GuidanceMode):
+        raise InvalidRequestError("guidance_mode", mode, ", ".join(GuidanceMode))
+    return Guidance(scale, *interval, GuidanceMode(mode), residual)
 
 
 def _decoder_kind(card: ModelCard, name: str | None) -> DecoderKind:
@@ -247,15 +276,6 @@ def _strength(image: Picture | None, strength: float | None, mask: Picture | Non
         field_name, given = ("strength", strength) if mask is None else ("mask", mask)
         raise InvalidRequestError(field_name, given, "only together with an image", "give image=")
     return 0.8 if strength is None else strength
-
-
-def _pictures(
-    image: Picture | None, mask: Picture | None, size: tuple[int, int]
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    if image is None:
-        return None, None
-    source = load_source(image, mask, size=size, names=("image", "mask"))
-    return source.image, source.mask
 
 
 def _noise(latents: np.ndarray | None, count: int) -> list[np.ndarray] | list[None]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from gateway.images import prepare
 from streamflow.errors import InvalidRequestError
-from streamflow.pictures import Picture, load_source, read
+from streamflow.pictures import Picture, as_file, load_source, read
 
 SIZE = (24, 16)
 ORIENTATION = 0x0112
@@ -121,3 +121,12 @@ def test_a_mask_is_compared_upright() -> None:
 def test_what_cannot_be_read_is_named(picture: Picture, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         read("image", picture, "RGB")
+
+
+def test_a_pil_image_as_a_file_reads_like_the_image_itself() -> None:
+    plain = Image.fromarray(COLOURS)
+    turned = Image.open(io.BytesIO(encode(plain, "JPEG", orientation=6)))
+    for picture in (plain, turned, plain.convert("CMYK"), plain.convert("P"), plain.convert("L")):
+        again = read("image", as_file("image", picture), "RGB")
+        assert np.array_equal(np.asarray(again), np.asarray(read("image", picture, "RGB")))
+    assert read("image", as_file("image", turned), "RGB").size == (30, 50)

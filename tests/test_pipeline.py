@@ -57,7 +57,10 @@ def test_image_to_image_and_mask(pipeline: Pipeline) -> None:
     assert base.shape == (1, 4, 16, 16)
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 64, 32))
-    kept = pipeline("a", image=source, strength=1.0, mask=mask, steps=4, seed=1).latents
+    repainted = pipeline("a", image=source, strength=1.0, mask=mask, steps=4, seed=1)
+    kept = repainted.latents
+    # To the pixel: what is not repainted does not go through the autoencoder.
+    assert np.array_equal(np.asarray(repainted.images[0])[32:], np.asarray(source)[32:])
     untouched = pipeline("b c", image=source, strength=1.0, mask=mask, steps=4, seed=2).latents
     assert np.array_equal(kept[:, :, 8:], untouched[:, :, 8:])
     assert not np.array_equal(kept[:, :, :8], untouched[:, :, :8])

@@ -12,6 +12,7 @@ from streamflow.errors import StreamFlowError
 from streamflow.host import handoff
 from streamflow.host.handoff import Stopwatch, malformed
 from streamflow.host.request import ImageRequest, read_request
+from streamflow.host.sources import stored_source
 from streamflow.rpc.convert import decoder_to_pb, format_to_pb, preview_event
 from streamflow.stages.decoder import DecoderStage
 from streamflow.telemetry import get_logger
@@ -53,7 +54,9 @@ class DecodeHandler:
             self.counters["sent_back_total"] += 1
             return handoff.send_back(entry, watch.stop("decode"))
         self._check_shape(entry, request, latents)
-        data = await self._stage.submit(latents, request.output, metadata=self._metadata(request))
+        # An autoencoder changes what it only passes through; what was not to be repainted stays as it came.
+        kept = await stored_source(self._transport, entry, request) if request.mask_blob else None
+        data = await self._stage.submit(latents, request.output, metadata=self._metadata(request), kept=kept)
         info = self._info(request, watch.stop("decode"))
         return Finish(types_pb2.StoredImage(info=info, data=data).SerializeToString())
 
@@ -105,7 +108,7 @@ class DecodeHandler:
             width=request.width,
             height=request.height,
             steps=request.steps,
-            guidance_scale=request.guidance_scale,
+            guidance_scale=request.guidance.scale,
             sampler=request.sampler,
             model=request.model,
             model_revision=self._stage.card.revision,
@@ -118,7 +121,7 @@ class DecodeHandler:
         return {
             "seed": request.seed,
             "steps": request.steps,
-            "guidance_scale": round(request.guidance_scale, 6),
+            "guidance_scale": round(request.guidance.scale, 6),
             "sampler": request.sampler,
             "width": request.width,
             "height": request.height,

@@ -27,6 +27,7 @@ def main() -> None:
             dtype=settings.dtype,
             slots=settings.slots or DEFAULT_SLOTS,
             deterministic=settings.deterministic,
+            compiled=settings.compiled,
             name=settings.model_name,
         )
 

@@ -87,10 +87,9 @@ class DenoiseHandler:
         init = await self._tensor(entry, handoff.INIT) if request.init_image_blob else None
         mask = await self._tensor(entry, handoff.MASK) if request.mask_blob else None
         return DenoiseJob(
-            conditioning=await self._conditioning(entry, handoff.CONDITIONING),
-            negative=await self._conditioning(entry, handoff.NEGATIVE) if request.guided else None,
+            conditioning={role: await self._conditioning(entry, handoff.text_field(role)) for role in request.texts},
             steps=request.steps,
-            guidance_scale=request.guidance_scale,
+            guidance=request.guidance,
             sampler=request.sampler,
             seed=request.seed,
             height=request.height,

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 import grpc.aio
 import numpy as np
 
+from streamflow.errors import InvalidRequestError
+from streamflow.flow.programs import Role
+from streamflow.flow.samplers import sampler_steps
 from streamflow.host.control import ControlServicer, StageControl
 from streamflow.host.latest import Latest
+from streamflow.rpc.convert import guidance_from_pb
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import Service
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.transport import codec
-from streamflow.types import DenoiseJob, ModelCard, Tensors
-from streamflow.v1 import denoiser_pb2, denoiser_pb2_grpc, encoder_pb2
-from streamflow.validation import check_guidance_scale, check_sampler, check_size, check_steps
+from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
+from streamflow.v1 import denoiser_pb2, denoiser_pb2_grpc
+from streamflow.validation import check_guidance, check_request_id, check_sampling, check_size
 
 NAME = denoiser_pb2.DESCRIPTOR.services_by_name["Denoiser"].full_name
+
+_FIELDS: dict[Role, Literal["conditioning", "negative_conditioning", "source_conditioning"]] = {
+    Role.TARGET: "conditioning",
+    Role.NEGATIVE: "negative_conditioning",
+    Role.SOURCE: "source_conditioning",
+}
 
 Context = grpc.aio.ServicerContext[denoiser_pb2.DenoiseRequest, denoiser_pb2.DenoiseEvent]
 
@@ -35,58 +45,104 @@ class DenoiserServicer(ControlServicer, denoiser_pb2_grpc.DenoiserServicer):
         async with rpc_errors(context):
             self._control.check_open()
             job = read_job(request, self._stage.card)
-            progress: Latest[denoiser_pb2.DenoiseProgress] = Latest(interval_s=0.0)
+            if request.key:
+                check_request_id(request.key, field="key")
+            progress: Latest[denoiser_pb2.DenoiseEvent] = Latest(interval_s=0.0)
+            previews: Latest[denoiser_pb2.DenoiseEvent] = Latest(interval_s=0.0)
+            writing = asyncio.Lock()
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_tell(progress, context), name="denoise progress")
+                for news in (progress, previews):
+                    tasks.create_task(_tell(news, context, writing), name="denoise events")
                 try:
                     latents = await self._stage.denoise(
                         job,
-                        on_progress=lambda step, steps: progress.put(
-                            denoiser_pb2.DenoiseProgress(step=step, steps=steps)
-                        ),
+                        key=request.key or None,
+                        on_progress=lambda step, steps: progress.put(_progress(step, steps)),
+                        on_preview=lambda step, latents: previews.put(_preview(step, latents)),
                     )
                 finally:
                     progress.close()
+                    previews.close()
             await context.write(denoiser_pb2.DenoiseEvent(latents=codec.to_pb(latents)))
 
+    async def Change(
+        self, request: denoiser_pb2.ChangeRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> denoiser_pb2.ChangeResponse:
+        async with rpc_errors(context):
+            await self._stage.change(request.key, read_change(request))
+            return denoiser_pb2.ChangeResponse()
+        raise AssertionError("abort returned")
 
-async def _tell(progress: Latest[denoiser_pb2.DenoiseProgress], context: Context) -> None:
-    async for news in progress:
-        await context.write(denoiser_pb2.DenoiseEvent(progress=news))
+
+def _progress(step: int, steps: int) -> denoiser_pb2.DenoiseEvent:
+    return denoiser_pb2.DenoiseEvent(progress=denoiser_pb2.DenoiseProgress(step=step, steps=steps))
+
+
+def _preview(step: int, latents: np.ndarray) -> denoiser_pb2.DenoiseEvent:
+    return denoiser_pb2.DenoiseEvent(preview=denoiser_pb2.DenoisePreview(step=step, latents=codec.to_pb(latents)))
+
+
+async def _tell(news: Latest[denoiser_pb2.DenoiseEvent], context: Context, writing: asyncio.Lock) -> None:
+    async for event in news:
+        # A call carries one write at a time.
+        async with writing:
+            await context.write(event)
 
 
 def read_job(request: denoiser_pb2.DenoiseRequest, card: ModelCard) -> DenoiseJob:
     """The job of a direct call; unset fields take the model's defaults. Raises InvalidRequestError."""
     width, height = request.width or card.default_width, request.height or card.default_height
-    steps, sampler = request.steps or card.default_steps, request.sampler or card.default_sampler
+    sampler = request.sampler or card.default_sampler
+    steps = request.steps or sampler_steps(sampler, card.default_steps)
     check_size(card, "width", width)
     check_size(card, "height", height)
-    check_steps(card, steps)
-    check_sampler(card, sampler)
-    check_guidance_scale(request.guidance_scale)
-    negative = request.negative_conditioning if request.HasField("negative_conditioning") else None
-    return DenoiseJob(
-        conditioning=_tensors(request.conditioning, "conditioning"),
-        negative=None if negative is None else _tensors(negative, "negative_conditioning"),
+    guidance = guidance_from_pb(request.guidance_scale, request.guidance)
+    strength = request.strength if request.HasField("strength") else 1.0
+    check_sampling(
+        card,
+        sampler=sampler,
         steps=steps,
-        guidance_scale=request.guidance_scale,
+        guidance=guidance,
+        strength=strength if request.HasField("init_latents") else None,
+        size_px=(width, height),
+    )
+    return DenoiseJob(
+        conditioning=_texts(request),
+        steps=steps,
+        guidance=guidance,
         sampler=sampler,
         seed=request.seed,
         height=height,
         width=width,
-        strength=request.strength if request.HasField("strength") else 1.0,
+        strength=strength,
         init_latents=_array(request, "init_latents"),
         mask=_array(request, "mask"),
         noise=_array(request, "noise"),
+        preview_interval_steps=request.preview_interval_steps,
     )
+
+
+def read_change(request: denoiser_pb2.ChangeRequest) -> JobChange:
+    """Raises InvalidRequestError."""
+    if request.HasField("guidance") and not request.HasField("guidance_scale"):
+        raise InvalidRequestError("guidance", "options alone", "together with guidance_scale")
+    guidance = None
+    if request.HasField("guidance_scale"):
+        guidance = guidance_from_pb(request.guidance_scale, request.guidance)
+        check_guidance(guidance)
+    return JobChange(_texts(request) or None, guidance, request.strength if request.HasField("strength") else None)
+
+
+def _texts(request: denoiser_pb2.DenoiseRequest | denoiser_pb2.ChangeRequest) -> dict[Role, Tensors]:
+    return {
+        role: codec.tensors_from_pb(getattr(request, field), field=field, finite=True)
+        for role, field in _FIELDS.items()
+        if request.HasField(field)
+    }
 
 
 def _array(request: denoiser_pb2.DenoiseRequest, field: Literal["init_latents", "mask", "noise"]) -> np.ndarray | None:
     return codec.from_pb(getattr(request, field), field=field, finite=True) if request.HasField(field) else None
-
-
-def _tensors(message: encoder_pb2.Conditioning, field: str) -> Tensors:
-    return codec.tensors_from_pb(message, field=field, finite=True)
 
 
 def service(stage: DenoiserStage, control: StageControl) -> Service:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
 
 import numpy as np
 
-from streamflow.errors import GenerationError
+from streamflow.flow.programs import Role
 from streamflow.host import handoff
 from streamflow.host.handoff import Stopwatch, malformed
 from streamflow.host.request import ImageRequest, read_request
+from streamflow.host.sources import stored_source
 from streamflow.stages.encoder import EncodedText, EncoderStage, prompt_cache_key, truncation_warning
-from streamflow.stages.imaging import decode_mask, decode_rgb
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Transport
 from streamflow.transport.worker import Advance, EntryContext, Outcome
@@ -41,19 +40,18 @@ class EncodeHandler:
         with malformed(entry):
             watch = Stopwatch(entry, since_s=job.admitted_at_s)
         request = read_request(job.spec, entry.ref.index, self._stage.card)
-        texts = {"prompt": request.prompt} | ({"negative_prompt": request.negative_prompt} if request.guided else {})
-        warnings = await asyncio.gather(*(self._text(entry, name, text) for name, text in texts.items()))
-        payload = {handoff.CONDITIONING: self._key(request.prompt)}
-        if request.guided:
-            payload[handoff.NEGATIVE] = self._key(request.negative_prompt)
+        warnings = await asyncio.gather(*(self._text(entry, role, text) for role, text in request.texts.items()))
+        payload = {handoff.text_field(role): self._key(text) for role, text in request.texts.items()}
         payload |= await self._images(entry, request)
         payload |= handoff.carried(entry, watch.stop("encode"))
-        return Advance(Stage.DENOISE, payload, tuple(warning for warning in warnings if warning))
+        return Advance(
+            Stage.DENOISE, payload, tuple(warning for warning in (*warnings, *request.program.warnings) if warning)
+        )
 
     def _key(self, text: str) -> bytes:
         return prompt_cache_key(self._stage.card.revision, text).encode()
 
-    async def _text(self, entry: Entry, name: str, text: str) -> str:
+    async def _text(self, entry: Entry, role: Role, text: str) -> str:
         """Sees to it that the text's tensors are stored; returns a warning, or ""."""
         key, keep_s = self._key(text).decode(), max(self._cache_s, handoff.keep_s(entry))
         data = await self._transport.get_cached(key, keep_s=keep_s)
@@ -65,27 +63,17 @@ class EncodeHandler:
         else:
             with malformed(entry):
                 truncated = encoder_pb2.Conditioning.FromString(data).truncated
-        return truncation_warning(name, truncated, self._stage.max_tokens) if truncated else ""
+        return truncation_warning(role, truncated, self._stage.max_tokens) if truncated else ""
 
     async def _images(self, entry: Entry, request: ImageRequest) -> dict[str, bytes]:
         """References to the init image's latents and the small mask; empty without them."""
-        if not request.init_image_blob:
+        source = await stored_source(self._transport, entry, request)
+        if source is None:
             return {}
-        pixels = await self._picture(entry, request, request.init_image_blob, decode_rgb)
-        found = {handoff.INIT: await self._store(entry, await self._stage.encode_image(pixels))}
-        if request.mask_blob:
-            mask = await self._picture(entry, request, request.mask_blob, decode_mask)
-            found[handoff.MASK] = await self._store(entry, self._stage.mask_latents(mask))
+        found = {handoff.INIT: await self._store(entry, await self._stage.encode_image(source.image))}
+        if source.mask is not None:
+            found[handoff.MASK] = await self._store(entry, self._stage.mask_latents(source.mask))
         return found
-
-    async def _picture(
-        self, entry: Entry, request: ImageRequest, sha256: str, decode: Callable[..., np.ndarray]
-    ) -> np.ndarray:
-        data = await self._transport.get_blob(sha256)
-        if data is None:
-            raise GenerationError("the request's init image or mask is no longer stored; send the request again")
-        with malformed(entry):
-            return await asyncio.to_thread(decode, data, size=(request.width, request.height))
 
     async def _store(self, entry: Entry, array: np.ndarray) -> bytes:
         data = codec.encode(array)

@@ -1,6 +1,6 @@
 """What one stage tells the next about an image: the names and bytes of an entry's payload.
 
-to denoise:  cond, neg      cache key of the prompt's and the negative prompt's Conditioning
+to denoise:  text0 ...      cache key of the Conditioning of each role's text
              init, mask     SHA-256 of a blob with the tensor
 to decode:   latents        the tensor itself up to 256 KiB, else
              latents_blob   the SHA-256 of a blob with it
@@ -20,13 +20,14 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from streamflow.errors import GenerationError
+from streamflow.flow.programs import Role
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Payload, Transport
 from streamflow.transport.worker import Advance
 from streamflow.types import ModelCard, Stage
 from streamflow.v1 import types_pb2
 
-CONDITIONING, NEGATIVE, INIT, MASK = "cond", "neg", "init", "mask"
+INIT, MASK = "init", "mask"
 TIMINGS, RETURNS = "timings", "returns"
 LATENTS, LATENTS_BLOB = "latents", "latents_blob"
 
@@ -37,6 +38,11 @@ KEEP_MARGIN_S = 60.0
 MAX_RETURNS = 3
 
 _REFERENCE = re.compile(rb"[0-9a-f]{64}")
+
+
+def text_field(role: Role) -> str:
+    """The payload's name for a role's text."""
+    return f"text{role.value}"
 
 
 @contextmanager

@@ -66,20 +66,23 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
         stage = service.load(settings)
         stage.warm_up()
         _log.info("loaded", model=stage.card.name, revision=stage.card.revision, device=device, slots=stage.slots)
-        asyncio.run(serve(service, stage, settings, device=device))
+        transport = connect(settings, stage.card.revision)
+        asyncio.run(serve(service, stage, settings, transport=transport, device=device))
     except StreamFlowError as error:
         _log.error("cannot run", reason=str(error))
         raise SystemExit(1) from error
 
 
-async def serve(service: StageService[S, H], stage: S, settings: StageSettings, *, device: str) -> None:
-    """Serves a loaded stage until SIGTERM, SIGINT or cancellation."""
-    transport = RedisTransport.from_url(
-        settings.redis_url,
-        deployment=settings.deployment,
-        revision=stage.card.revision,
-        policy=Policy(lease_s=settings.lease_s),
-    )
+def connect(settings: StageSettings, revision: str) -> Transport:
+    """The transport of a stage with this model revision."""
+    policy = Policy(lease_s=settings.lease_s)
+    return RedisTransport.from_url(settings.redis_url, deployment=settings.deployment, revision=revision, policy=policy)
+
+
+async def serve(
+    service: StageService[S, H], stage: S, settings: StageSettings, *, transport: Transport, device: str
+) -> None:
+    """Serves a loaded stage until SIGTERM, SIGINT or cancellation; closes the transport."""
     async with AsyncExitStack() as resources:
         resources.push_async_callback(transport.close)
         await resources.enter_async_context(stage)

@@ -5,15 +5,18 @@ The bytes come from another process, so everything that could hurt is checked ag
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from streamflow.errors import GenerationError, InvalidRequestError
-from streamflow.rpc.convert import output_from_pb
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Program, Role
+from streamflow.rpc.convert import guidance_from_pb, output_from_pb
 from streamflow.types import ModelCard, OutputSpec
 from streamflow.v1 import types_pb2
-from streamflow.validation import check_guidance_scale, check_sampler, check_size, check_steps
+from streamflow.validation import check_sampling, check_size, texts_for
 
 DEFAULT_STRENGTH = 0.8
 
@@ -24,17 +27,18 @@ class ImageRequest:
 
     Attributes:
         index: of the image in the request; it decides prompt and seed.
+        texts: those that the program needs.
         seed: of this image.
         init_image_blob, mask_blob: SHA-256 of PNGs of width x height; "" where there is none.
     """
 
     index: int
-    prompt: str
-    negative_prompt: str
+    texts: Mapping[Role, str]
     seed: int
     steps: int
-    guidance_scale: float
+    guidance: Guidance
     sampler: str
+    program: Program
     width: int
     height: int
     strength: float
@@ -43,11 +47,6 @@ class ImageRequest:
     output: OutputSpec
     preview_interval_steps: int
     model: str
-
-    @property
-    def guided(self) -> bool:
-        """Whether the negative prompt has an effect."""
-        return self.guidance_scale > 1
 
 
 def read_request(spec: bytes, index: int, card: ModelCard) -> ImageRequest:
@@ -69,24 +68,38 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
     per_prompt = request.num_images or 1
     if not 0 <= index < len(request.prompts) * per_prompt:
         raise InvalidRequestError("index", index, f"less than {len(request.prompts) * per_prompt}")
-    check_steps(card, request.steps)
-    check_guidance_scale(request.guidance_scale)
-    check_sampler(card, request.sampler)
     check_size(card, "width", request.width)
     check_size(card, "height", request.height)
     if spec.mask_blob and not spec.init_image_blob:
         raise InvalidRequestError("mask_blob", spec.mask_blob, "only together with init_image_blob")
-    return ImageRequest(
-        index=index,
+    guidance = guidance_from_pb(request.guidance_scale, request.guidance)
+    strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
+    program = check_sampling(
+        card,
+        sampler=request.sampler,
+        steps=request.steps,
+        guidance=guidance,
+        strength=strength if spec.init_image_blob else None,
+        size_px=(request.width, request.height),
+    )
+    texts = texts_for(
+        program,
         prompt=request.prompts[index // per_prompt],
         negative_prompt=request.negative_prompt,
+        source_prompt=request.source_prompt,
+        sampler=request.sampler,
+    )
+    return ImageRequest(
+        index=index,
+        texts=texts,
         seed=(request.seed + index) % 2**64,
         steps=request.steps,
-        guidance_scale=request.guidance_scale,
+        guidance=guidance,
         sampler=request.sampler,
+        program=program,
         width=request.width,
         height=request.height,
-        strength=request.strength if request.HasField("strength") else DEFAULT_STRENGTH,
+        strength=strength,
         init_image_blob=spec.init_image_blob,
         mask_blob=spec.mask_blob,
         output=checked_output(request.output, card),

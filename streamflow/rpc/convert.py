@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TypeVar
 
+from streamflow.flow.guidance import Guidance, GuidanceMode
 from streamflow.types import DecoderKind, Failure, ImageFormat, JobState, ModelCard, OutputSpec, WorkerInfo
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -32,9 +33,15 @@ _STATES: Mapping[JobState, types_pb2.JobState] = {
     JobState.CANCELLED: types_pb2.JOB_STATE_CANCELLED,
     JobState.DEADLINE: types_pb2.JOB_STATE_DEADLINE,
 }
+_MODES: Mapping[GuidanceMode, types_pb2.GuidanceMode] = {
+    GuidanceMode.FULL: types_pb2.GUIDANCE_MODE_FULL,
+    GuidanceMode.SELF_NEGATIVE: types_pb2.GUIDANCE_MODE_SELF_NEGATIVE,
+    GuidanceMode.ONETIME_NEGATIVE: types_pb2.GUIDANCE_MODE_ONETIME_NEGATIVE,
+}
 _FORMATS_BACK = {value: key for key, value in _FORMATS.items()}
 _DECODERS_BACK = {value: key for key, value in _DECODERS.items()}
 _STATES_BACK = {value: key for key, value in _STATES.items()}
+_MODES_BACK = {value: key for key, value in _MODES.items()}
 
 
 def format_to_pb(kind: ImageFormat) -> types_pb2.ImageFormat:
@@ -90,6 +97,21 @@ def output_from_pb(output: types_pb2.OutputOptions, *, decoder: DecoderKind = De
         quality=output.quality or DEFAULT_QUALITY,
         decoder=decoder_from_pb(output.decoder, decoder),
         embed_metadata=output.embed_metadata,
+    )
+
+
+def guidance_mode_to_pb(mode: GuidanceMode) -> types_pb2.GuidanceMode:
+    return _MODES[mode]
+
+
+def guidance_from_pb(scale: float, options: types_pb2.GuidanceOptions) -> Guidance:
+    """Fills in defaults; ValueError for a mode that does not exist."""
+    return Guidance(
+        scale=scale,
+        start_sigma=options.start_sigma if options.HasField("start_sigma") else 1.0,
+        end_sigma=options.end_sigma,
+        mode=_known(options.mode, _MODES_BACK, GuidanceMode.FULL, "guidance mode"),
+        residual=options.residual_strength if options.HasField("residual_strength") else 1.0,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.pictures import Source, keep_unmasked
 from streamflow.stages.imaging import ImagePool
 from streamflow.stages.microbatch import MicroBatcher
 from streamflow.types import DecoderKind, ImageFormat, ModelCard, OutputSpec
@@ -144,18 +145,26 @@ class DecoderStage:
         )
 
     async def submit(
-        self, latents: np.ndarray, output: OutputSpec, *, metadata: Mapping[str, object] | None = None
+        self,
+        latents: np.ndarray,
+        output: OutputSpec,
+        *,
+        metadata: Mapping[str, object] | None = None,
+        kept: Source | None = None,
     ) -> bytes:
         """One picture file, decoded in one call with others that are submitted about now.
 
         Args:
             latents: scaled, float32 [C, h, w].
             metadata: written into the file where `output.embed_metadata` asks for it.
+            kept: a picture whose pixels outside its mask are put over the decoded ones.
 
         Raises:
             InvalidRequestError, GenerationError: see `decode`.
         """
         pixels = await self._pixels(latents, output.decoder)
+        if kept is not None:
+            pixels = keep_unmasked(pixels, kept)
         embedded = metadata if output.embed_metadata else None
         return await self._images.encode(pixels, output.format, quality=output.quality, metadata=embedded)
 

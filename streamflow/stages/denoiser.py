@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
 
-from streamflow.backends.runtime import DETERMINISTIC_ROWS, resolve_device, resolve_dtype
+from streamflow.backends.runtime import DETERMINISTIC_ROWS, resolve_device, resolve_dtype, row_buckets
+from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import Engine, Progress
 from streamflow.batching.slots import Image
-from streamflow.errors import InvalidRequestError
+from streamflow.batching.step import StepFunction, run_step
+from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families import load_denoiser
 from streamflow.families.base import Denoiser
+from streamflow.flow.guidance import Guidance
 from streamflow.flow.noise import initial_noise
-from streamflow.flow.samplers import SamplerRequest, compile_sampler
+from streamflow.flow.programs import BASE, Program, Role
+from streamflow.flow.samplers import SamplerRequest, compile_sampler, sampler_steps
 from streamflow.stages.runner import EngineRunner, TickRecord
-from streamflow.types import DenoiseJob, ModelCard, Tensors
+from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
 
 DEFAULT_SLOTS = 16
 
@@ -40,13 +45,22 @@ class DenoiserStage:
     Args:
         denoiser: networks and flow of the checkpoint.
         slots: images at once.
+        step: how a group of slots makes a step.
     """
 
-    def __init__(self, denoiser: Denoiser, *, slots: int = DEFAULT_SLOTS, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        slots: int = DEFAULT_SLOTS,
+        device: torch.device | str = "cpu",
+        step: StepFunction = run_step,
+    ) -> None:
         self._denoiser = denoiser
-        self._engine = Engine(denoiser.networks, capacity=slots, device=device)
+        self._engine = Engine(denoiser.networks, capacity=slots, device=device, step=step)
         self._handles: Iterator[int] = itertools.count()
         self._runner: EngineRunner | None = None
+        self._changeable_jobs: dict[Hashable, tuple[Hashable, DenoiseJob]] = {}
         self._stack = AsyncExitStack()
 
     @classmethod
@@ -58,18 +72,20 @@ class DenoiserStage:
         dtype: str = "auto",
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
+        compiled: bool = False,
         name: str = "",
     ) -> Self:
         """Loads the denoising networks of a checkpoint, and nothing else of it.
 
         Args:
             deterministic: every network call has one row count, so a picture's bytes do not depend on its neighbours.
+            compiled: a callable for each of a few row counts is compiled, by `warm_up` those for the default size.
             name: that clients use; empty = the folder's name.
         """
         where = resolve_device(device)
-        rows = (DETERMINISTIC_ROWS,) if deterministic else None
+        rows = (DETERMINISTIC_ROWS,) if deterministic else row_buckets(2 * slots) if compiled else None
         denoiser = load_denoiser(path, device=where, dtype=resolve_dtype(dtype, where), name=name, row_counts=rows)
-        return cls(denoiser, slots=slots, device=where)
+        return cls(denoiser, slots=slots, device=where, step=CompiledStep() if compiled else run_step)
 
     @property
     def card(self) -> ModelCard:
@@ -88,10 +104,6 @@ class DenoiserStage:
         return self._runner.in_use if self._runner else len(self._engine)
 
     @property
-    def free_slots(self) -> int:
-        return max(0, self.slots - self.slots_in_use)
-
-    @property
     def counters(self) -> dict[str, int]:
         """Monotonic counts, such as ticks_total; see EngineRunner."""
         return dict(self._runner.counters) if self._runner else {}
@@ -102,12 +114,21 @@ class DenoiserStage:
         return tuple(self._runner.ticks) if self._runner else ()
 
     def warm_up(self) -> None:
-        """Runs one small job, so that the first request does not pay for what is made on first use."""
-        card = self.card
-        shapes = self._denoiser.conditioning_shapes
-        blank: Tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        """Runs every row count that the networks are compiled for, so that no request pays for what is made then."""
+        samplers = [self.card.default_sampler, *(["E1R1"] if self.card.flow.refiner else [])]
+        counts = self._denoiser.networks[BASE].row_counts or (2,)
+        for sampler, rows in itertools.product(samplers, counts):
+            guided, alone = divmod(min(rows, 2 * self.slots), 2)
+            self.run([self._blank(sampler, scale) for scale in [2.0] * guided + [1.0] * alone])
+
+    def _blank(self, sampler: str, guidance_scale: float) -> DenoiseJob:
+        card, shapes = self.card, self._denoiser.conditioning_shapes
+        text: Tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        texts, guidance = dict.fromkeys(Role, text), Guidance(guidance_scale)
         height, width = card.default_height, card.default_width
-        self.run([DenoiseJob(blank, 1, 2.0, card.default_sampler, 0, height, width, negative=blank)])
+        # A piecewise flow takes a step in each window at least.
+        steps = sampler_steps(sampler, card.flow.windows.windows if card.flow.windows else 1)
+        return DenoiseJob(texts, steps, guidance, sampler, 0, height, width)
 
     def run(
         self, jobs: Sequence[DenoiseJob], *, on_progress: Callable[[Progress], None] | None = None
@@ -151,14 +172,20 @@ class DenoiserStage:
 
     async def watch(self) -> None:
         """Returns never. Raises UnavailableError when the engine has ended: only a new process helps then."""
-        if self._runner is None:
-            raise RuntimeError("enter the stage first: async with DenoiserStage(...) as stage")
-        await self._runner.watch()
+        await self._entered.watch()
 
     async def denoise(
-        self, job: DenoiseJob, *, on_progress: OnProgress | None = None, on_preview: OnPreview | None = None
+        self,
+        job: DenoiseJob,
+        *,
+        key: Hashable = None,
+        on_progress: OnProgress | None = None,
+        on_preview: OnPreview | None = None,
     ) -> np.ndarray:
         """Runs one job in the batch; cancelling the caller frees its slot before the next tick.
+
+        Args:
+            key: by which `change` finds the job; None = it will not be changed.
 
         Returns:
             Final latents, float32 [C, H, W].
@@ -167,20 +194,41 @@ class DenoiserStage:
             InvalidRequestError: the job cannot be run.
             GenerationError: the network failed or the latents are not finite.
         """
-        if self._runner is None:
-            raise RuntimeError("enter the stage first: async with DenoiserStage(...) as stage")
         progress = (lambda event: on_progress(event.step, event.steps)) if on_progress else None
         preview = (lambda event: on_preview(event.step, event.latents)) if on_preview else None
         image = self.image(job, handle=next(self._handles))
-        return await self._runner.run(image, on_progress=progress, on_preview=preview)
+        with self._changeable(key, image.handle, job):
+            return await self._entered.run(image, on_progress=progress, on_preview=preview)
 
-    def image(self, job: DenoiseJob, *, handle: Hashable) -> Image:
+    async def change(self, key: Hashable, change: JobChange) -> None:
+        """Changes a job that is under way; it goes on from the step where it is.
+
+        What was evaluated for the old texts is not used again. A new strength starts the image anew from its source.
+
+        Raises:
+            NotFoundError: no job of this key is under way, or it ended meanwhile.
+            InvalidRequestError: the changed job cannot be run.
+        """
+        if key not in self._changeable_jobs:
+            raise NotFoundError(f"no image {key!r} is being denoised here")
+        handle, job = self._changeable_jobs[key]
+        changed = _changed(job, change)
+        restart = change.strength is not None
+        # Refused here, where the caller can be told.
+        self.image(changed, handle=handle)
+        await self._entered.change(
+            handle, lambda op: self.image(changed, handle=handle, resume_at=0 if restart else op.step), restart=restart
+        )
+        if key in self._changeable_jobs:
+            self._changeable_jobs[key] = handle, changed
+
+    def image(self, job: DenoiseJob, *, handle: Hashable, resume_at: int = 0) -> Image:
         """Compiles the job's sampler and checks its arrays. Raises InvalidRequestError."""
         shape = self._denoiser.latent_shape(job.height, job.width)
-        strength = job.strength if job.init_latents is not None else None
-        program = compile_sampler(
-            job.sampler, SamplerRequest(job.steps, job.guidance_scale, strength), self._denoiser.flow
-        )
+        program = self._program(job, shape, resume_at)
+        for role in program.roles - job.conditioning.keys():
+            given = f"none for the {role.name.lower()} text"
+            raise InvalidRequestError("conditioning", given, f"one: the sampler {job.sampler} uses it")
         if job.mask is not None and job.init_latents is None:
             raise InvalidRequestError("mask", "a mask without init latents", "a mask together with an init image")
         noise = initial_noise(job.seed, shape) if job.noise is None else _tensor("noise", job.noise, shape)
@@ -188,26 +236,56 @@ class DenoiserStage:
             handle=handle,
             program=program,
             noise=noise,
-            conditioning=self._conditioning("conditioning", job.conditioning),
-            unconditional=self._unconditional(job),
+            conditioning={role: self._conditioning(role, job.conditioning[role]) for role in program.roles},
             source=None if job.init_latents is None else _tensor("init_latents", job.init_latents, shape),
             mask=None if job.mask is None else _tensor("mask", job.mask, shape[1:]),
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
         )
 
-    def _unconditional(self, job: DenoiseJob) -> dict[str, torch.Tensor] | None:
-        if job.guidance_scale <= 1:
-            return None
-        if job.negative is None:
-            raise InvalidRequestError("guidance_scale", job.guidance_scale, "at most 1 without a negative conditioning")
-        return self._conditioning("negative", job.negative)
+    def _program(self, job: DenoiseJob, shape: tuple[int, int, int], resume_at: int) -> Program:
+        strength = job.strength if job.init_latents is not None else None
+        request = SamplerRequest(
+            job.steps, job.guidance, strength, tokens=shape[1] * shape[2] // 4, resume_at=resume_at
+        )
+        return compile_sampler(job.sampler, request, self.card.flow)
 
-    def _conditioning(self, field: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+    def _conditioning(self, role: Role, tensors: Tensors) -> dict[str, torch.Tensor]:
         shapes = self._denoiser.conditioning_shapes
+        field = f"{role.name.lower()} conditioning"
         if set(tensors) != set(shapes):
             raise InvalidRequestError(field, sorted(tensors), "the tensors " + ", ".join(shapes))
         return {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
+
+    @property
+    def _entered(self) -> EngineRunner:
+        if self._runner is None:
+            raise RuntimeError("enter the stage first: async with DenoiserStage(...) as stage")
+        return self._runner
+
+    @contextmanager
+    def _changeable(self, key: Hashable, handle: Hashable, job: DenoiseJob) -> Iterator[None]:
+        if key is None:
+            yield
+            return
+        if key in self._changeable_jobs:
+            raise InvalidRequestError("key", key, "one that no image under way has")
+        self._changeable_jobs[key] = handle, job
+        try:
+            yield
+        finally:
+            del self._changeable_jobs[key]
+
+
+def _changed(job: DenoiseJob, change: JobChange) -> DenoiseJob:
+    if change.strength is not None and job.init_latents is None:
+        raise InvalidRequestError("strength", change.strength, "only for an image that has init latents")
+    return replace(
+        job,
+        conditioning={**job.conditioning, **(change.conditioning or {})},
+        guidance=change.guidance or job.guidance,
+        strength=job.strength if change.strength is None else change.strength,
+    )
 
 
 def _tensor(field: str, array: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:

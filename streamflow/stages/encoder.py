@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from streamflow.errors import GenerationError, InvalidRequestError, shorten
+from streamflow.flow.programs import Role
 from streamflow.stages.microbatch import MicroBatcher
 from streamflow.types import EncodedJob, EncodeJob, ModelCard, Tensors
 
@@ -39,17 +40,16 @@ def prompt_cache_key(model_revision: str, prompt: str) -> str:
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def truncation_warning(name: str, truncated: str, max_tokens: int) -> str:
-    """What the user reads when a prompt was cut.
+_FIELDS = {Role.TARGET: "prompt", Role.NEGATIVE: "negative_prompt", Role.SOURCE: "source_prompt"}
 
-    Args:
-        name: of the request's field, such as "prompt".
-    """
-    return f"the {name} is longer than {max_tokens} tokens; this was left out: {shorten(truncated, 200)}"
+
+def truncation_warning(role: Role, truncated: str, max_tokens: int) -> str:
+    """What the user reads when a prompt was cut."""
+    return f"the {_FIELDS[role]} is longer than {max_tokens} tokens; this was left out: {shorten(truncated, 200)}"
 
 
 class EncoderStage:
-    """Encodes jobs; safe to share between tasks. Enter its context to use `submit`, `encode_text` and `encode_image`.
+    """Encodes jobs; safe to share between tasks. Enter its context to use `encode_text` and `encode_image`.
 
     Args:
         text, images: the networks.
@@ -130,9 +130,8 @@ class EncoderStage:
 
     def warm_up(self) -> None:
         """Runs the networks once, on an empty prompt and a black picture of the default size."""
-        self.encode(
-            [EncodeJob("", init_image=np.zeros((self.card.default_height, self.card.default_width, 3), np.uint8))]
-        )
+        blank = np.zeros((self.card.default_height, self.card.default_width, 3), np.uint8)
+        self.encode([EncodeJob({Role.TARGET: ""}, init_image=blank)])
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodedJob]:
         """Encodes jobs in the calling thread; equal prompts are encoded once.
@@ -141,7 +140,7 @@ class EncoderStage:
             InvalidRequestError: an image or a mask of a shape that the model does not take.
             GenerationError: a network gave values that are not finite.
         """
-        texts = list(dict.fromkeys(text for job in jobs for text in _texts(job)))
+        texts = list(dict.fromkeys(text for job in jobs for text in job.texts.values()))
         encoded: dict[str, EncodedText] = {}
         for start in range(0, len(texts), self._max_rows):
             chunk = texts[start : start + self._max_rows]
@@ -149,19 +148,7 @@ class EncoderStage:
         # By identity: the jobs of one request share one picture.
         pictures = {id(job.init_image): job.init_image for job in jobs if job.init_image is not None}
         latents = {key: self._encode_images([self._checked(picture)])[0] for key, picture in pictures.items()}
-        return [
-            self._result(job, [encoded[text] for text in _texts(job)], latents.get(id(job.init_image))) for job in jobs
-        ]
-
-    async def submit(self, job: EncodeJob) -> EncodedJob:
-        """Like `encode` for one job, batched with others that are submitted about now."""
-        parts: list[str | np.ndarray] = [*_texts(job)]
-        if job.init_image is not None:
-            parts.append(self._checked(job.init_image))
-        results = await asyncio.gather(*map(self._batcher.submit, parts))
-        texts = [result for result in results if isinstance(result, EncodedText)]
-        source = next((result for result in results if isinstance(result, np.ndarray)), None)
-        return self._result(job, texts, source)
+        return [self._result(job, encoded, latents.get(id(job.init_image))) for job in jobs]
 
     async def encode_text(self, prompt: str) -> EncodedText:
         """One prompt's conditioning."""
@@ -217,23 +204,18 @@ class EncoderStage:
         allowed = f"uint8 [height, width{', 3' if ndim == 3 else ''}], height and width multiples of {multiple}"
         raise InvalidRequestError(field, f"{image.dtype} {list(image.shape)}", allowed)
 
-    def _result(self, job: EncodeJob, texts: Sequence[EncodedText], source: np.ndarray | None) -> EncodedJob:
-        names = ("prompt", "negative_prompt")
+    def _result(self, job: EncodeJob, encoded: Mapping[str, EncodedText], source: np.ndarray | None) -> EncodedJob:
+        texts = {role: encoded[text] for role, text in job.texts.items()}
         return EncodedJob(
-            conditioning=texts[0].conditioning,
-            negative=texts[1].conditioning if job.guided else None,
+            conditioning={role: text.conditioning for role, text in texts.items()},
             init_latents=source,
             mask=None if job.mask is None else self.mask_latents(job.mask),
             warnings=tuple(
-                truncation_warning(name, text.truncated, self.max_tokens)
-                for name, text in zip(names, texts, strict=False)
+                truncation_warning(role, text.truncated, self.max_tokens)
+                for role, text in texts.items()
                 if text.truncated
             ),
         )
-
-
-def _texts(job: EncodeJob) -> tuple[str, ...]:
-    return (job.prompt, job.negative_prompt) if job.guided else (job.prompt,)
 
 
 def _kind(item: str | np.ndarray) -> Hashable:

@@ -15,7 +15,8 @@ import numpy as np
 
 from streamflow.batching.engine import Engine, Preview, Progress, TickReport
 from streamflow.batching.slots import Image
-from streamflow.errors import StreamFlowError, UnavailableError
+from streamflow.errors import NotFoundError, StreamFlowError, UnavailableError
+from streamflow.flow.programs import Op
 
 KEPT_TICKS = 4096
 
@@ -58,6 +59,7 @@ class EngineRunner:
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._watchers: dict[Hashable, _Watcher] = {}
+        self._changes: set[asyncio.Future[None]] = set()
         self._slots = asyncio.Semaphore(engine.capacity)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._error: BaseException | None = None
@@ -74,6 +76,8 @@ class EngineRunner:
         await asyncio.to_thread(self._thread.join)
         for watcher in self._watchers.values():
             watcher.latents.cancel()
+        for change in self._changes:
+            change.cancel()
 
     async def watch(self) -> None:
         """Returns never; a process whose engine has ended should end too, so that it is started anew.
@@ -125,6 +129,27 @@ class EngineRunner:
             self._inbox.put(lambda: self._engine.cancel(image.handle))
             raise
 
+    async def change(self, handle: Hashable, make: Callable[[Op], Image], *, restart: bool) -> None:
+        """Exchanges an image between two ticks; see Engine.change.
+
+        Args:
+            make: the new image, from the op that the old one would run next; called in the engine's thread.
+
+        Raises:
+            NotFoundError: the image is not in its slot yet or any more.
+            InvalidRequestError, ValueError: of `make`, or the new image does not fit.
+            UnavailableError: the engine's thread has ended.
+        """
+        if self._error is not None:
+            raise UnavailableError("the denoiser's engine has ended; restart the denoiser") from self._error
+        done: asyncio.Future[None] = self._loop.create_future()
+        self._changes.add(done)
+        self._inbox.put(lambda: self._tell(_settle, done, self._changing(handle, make, restart)))
+        try:
+            await done
+        finally:
+            self._changes.discard(done)
+
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -156,6 +181,15 @@ class EngineRunner:
             self._engine.admit(image)
         except (ValueError, RuntimeError) as error:
             self._tell(self._fail, image.handle, error)
+
+    def _changing(self, handle: Hashable, make: Callable[[Op], Image], restart: bool) -> Exception | None:
+        try:
+            self._engine.change(handle, lambda _, op: make(op), restart=restart)
+        except KeyError:
+            return NotFoundError(f"image {handle!r} is not being denoised")
+        except (ValueError, RuntimeError) as error:
+            return error
+        return None
 
     def _tell(self, callback: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():
@@ -197,5 +231,13 @@ class EngineRunner:
     def _break(self, error: BaseException) -> None:
         self._error = error
         self._ended.set()
+        reason = UnavailableError(f"the denoiser's engine ended: {type(error).__name__}")
         for handle in list(self._watchers):
-            self._fail(handle, UnavailableError(f"the denoiser's engine ended: {type(error).__name__}"))
+            self._fail(handle, reason)
+        for change in self._changes:
+            _settle(change, reason)
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if not future.done():
+        future.set_result(None) if error is None else future.set_exception(error)

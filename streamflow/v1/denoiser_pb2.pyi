@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DenoiseRequest(_message.Message):
-    __slots__ = ("conditioning", "negative_conditioning", "steps", "guidance_scale", "sampler", "seed", "width", "height", "init_latents", "strength", "mask", "noise")
+    __slots__ = ("conditioning", "negative_conditioning", "steps", "guidance_scale", "sampler", "seed", "width", "height", "init_latents", "strength", "mask", "noise", "source_conditioning", "guidance", "key", "preview_interval_steps")
     CONDITIONING_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_CONDITIONING_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,10 @@ class DenoiseRequest(_message.Message):
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     NOISE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     conditioning: _encoder_pb2.Conditioning
     negative_conditioning: _encoder_pb2.Conditioning
     steps: int
@@ -33,15 +37,43 @@ class DenoiseRequest(_message.Message):
     strength: float
     mask: _types_pb2.Tensor
     noise: _types_pb2.Tensor
-    def __init__(self, conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., negative_conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., strength: _Optional[float] = ..., mask: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    source_conditioning: _encoder_pb2.Conditioning
+    guidance: _types_pb2.GuidanceOptions
+    key: str
+    preview_interval_steps: int
+    def __init__(self, conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., negative_conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., strength: _Optional[float] = ..., mask: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., noise: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., source_conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., guidance: _Optional[_Union[_types_pb2.GuidanceOptions, _Mapping]] = ..., key: _Optional[str] = ..., preview_interval_steps: _Optional[int] = ...) -> None: ...
+
+class ChangeRequest(_message.Message):
+    __slots__ = ("key", "conditioning", "negative_conditioning", "source_conditioning", "guidance_scale", "guidance", "strength")
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_CONDITIONING_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    key: str
+    conditioning: _encoder_pb2.Conditioning
+    negative_conditioning: _encoder_pb2.Conditioning
+    source_conditioning: _encoder_pb2.Conditioning
+    guidance_scale: float
+    guidance: _types_pb2.GuidanceOptions
+    strength: float
+    def __init__(self, key: _Optional[str] = ..., conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., negative_conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., source_conditioning: _Optional[_Union[_encoder_pb2.Conditioning, _Mapping]] = ..., guidance_scale: _Optional[float] = ..., guidance: _Optional[_Union[_types_pb2.GuidanceOptions, _Mapping]] = ..., strength: _Optional[float] = ...) -> None: ...
+
+class ChangeResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class DenoiseEvent(_message.Message):
-    __slots__ = ("progress", "latents")
+    __slots__ = ("progress", "latents", "preview")
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
+    PREVIEW_FIELD_NUMBER: _ClassVar[int]
     progress: DenoiseProgress
     latents: _types_pb2.Tensor
-    def __init__(self, progress: _Optional[_Union[DenoiseProgress, _Mapping]] = ..., latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...
+    preview: DenoisePreview
+    def __init__(self, progress: _Optional[_Union[DenoiseProgress, _Mapping]] = ..., latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ..., preview: _Optional[_Union[DenoisePreview, _Mapping]] = ...) -> None: ...
 
 class DenoiseProgress(_message.Message):
     __slots__ = ("step", "steps")
@@ -50,3 +82,11 @@ class DenoiseProgress(_message.Message):
     step: int
     steps: int
     def __init__(self, step: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class DenoisePreview(_message.Message):
+    __slots__ = ("step", "latents")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LATENTS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    latents: _types_pb2.Tensor
+    def __init__(self, step: _Optional[int] = ..., latents: _Optional[_Union[_types_pb2.Tensor, _Mapping]] = ...) -> None: ...

@@ -40,6 +40,11 @@ class DenoiserStub(object):
                 request_serializer=streamflow_dot_v1_dot_denoiser__pb2.DenoiseRequest.SerializeToString,
                 response_deserializer=streamflow_dot_v1_dot_denoiser__pb2.DenoiseEvent.FromString,
                 _registered_method=True)
+        self.Change = channel.unary_unary(
+                '/streamflow.v1.Denoiser/Change',
+                request_serializer=streamflow_dot_v1_dot_denoiser__pb2.ChangeRequest.SerializeToString,
+                response_deserializer=streamflow_dot_v1_dot_denoiser__pb2.ChangeResponse.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/streamflow.v1.Denoiser/Status',
                 request_serializer=streamflow_dot_v1_dot_types__pb2.StatusRequest.SerializeToString,
@@ -57,6 +62,13 @@ class DenoiserServicer(object):
 
     def Denoise(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Change(self, request, context):
+        """Changes an image that a Denoise call is making: it goes on from the step where it is.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -81,6 +93,11 @@ def add_DenoiserServicer_to_server(servicer, server):
                     servicer.Denoise,
                     request_deserializer=streamflow_dot_v1_dot_denoiser__pb2.DenoiseRequest.FromString,
                     response_serializer=streamflow_dot_v1_dot_denoiser__pb2.DenoiseEvent.SerializeToString,
+            ),
+            'Change': grpc.unary_unary_rpc_method_handler(
+                    servicer.Change,
+                    request_deserializer=streamflow_dot_v1_dot_denoiser__pb2.ChangeRequest.FromString,
+                    response_serializer=streamflow_dot_v1_dot_denoiser__pb2.ChangeResponse.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -120,6 +137,33 @@ class Denoiser(object):
             '/streamflow.v1.Denoiser/Denoise',
             streamflow_dot_v1_dot_denoiser__pb2.DenoiseRequest.SerializeToString,
             streamflow_dot_v1_dot_denoiser__pb2.DenoiseEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Change(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/streamflow.v1.Denoiser/Change',
+            streamflow_dot_v1_dot_denoiser__pb2.ChangeRequest.SerializeToString,
+            streamflow_dot_v1_dot_denoiser__pb2.ChangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,13 @@ class JobState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     JOB_STATE_ERROR: _ClassVar[JobState]
     JOB_STATE_CANCELLED: _ClassVar[JobState]
     JOB_STATE_DEADLINE: _ClassVar[JobState]
+
+class GuidanceMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GUIDANCE_MODE_UNSPECIFIED: _ClassVar[GuidanceMode]
+    GUIDANCE_MODE_FULL: _ClassVar[GuidanceMode]
+    GUIDANCE_MODE_SELF_NEGATIVE: _ClassVar[GuidanceMode]
+    GUIDANCE_MODE_ONETIME_NEGATIVE: _ClassVar[GuidanceMode]
 IMAGE_FORMAT_UNSPECIFIED: ImageFormat
 IMAGE_FORMAT_PNG: ImageFormat
 IMAGE_FORMAT_JPEG: ImageFormat
@@ -56,6 +63,22 @@ JOB_STATE_IMAGES: JobState
 JOB_STATE_ERROR: JobState
 JOB_STATE_CANCELLED: JobState
 JOB_STATE_DEADLINE: JobState
+GUIDANCE_MODE_UNSPECIFIED: GuidanceMode
+GUIDANCE_MODE_FULL: GuidanceMode
+GUIDANCE_MODE_SELF_NEGATIVE: GuidanceMode
+GUIDANCE_MODE_ONETIME_NEGATIVE: GuidanceMode
+
+class GuidanceOptions(_message.Message):
+    __slots__ = ("mode", "start_sigma", "end_sigma", "residual_strength")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    START_SIGMA_FIELD_NUMBER: _ClassVar[int]
+    END_SIGMA_FIELD_NUMBER: _ClassVar[int]
+    RESIDUAL_STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    mode: GuidanceMode
+    start_sigma: float
+    end_sigma: float
+    residual_strength: float
+    def __init__(self, mode: _Optional[_Union[GuidanceMode, str]] = ..., start_sigma: _Optional[float] = ..., end_sigma: _Optional[float] = ..., residual_strength: _Optional[float] = ...) -> None: ...
 
 class OutputOptions(_message.Message):
     __slots__ = ("format", "quality", "decoder", "embed_metadata")
@@ -70,7 +93,7 @@ class OutputOptions(_message.Message):
     def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., decoder: _Optional[_Union[DecoderKind, str]] = ..., embed_metadata: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach")
+    __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach", "source_prompt", "guidance")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +114,8 @@ class GenerateRequest(_message.Message):
     PREVIEW_INTERVAL_STEPS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     DETACH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompts: _containers.RepeatedScalarFieldContainer[str]
@@ -111,7 +136,9 @@ class GenerateRequest(_message.Message):
     preview_interval_steps: int
     priority: Priority
     detach: bool
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ...) -> None: ...
+    source_prompt: str
+    guidance: GuidanceOptions
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ..., source_prompt: _Optional[str] = ..., guidance: _Optional[_Union[GuidanceOptions, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "stage")

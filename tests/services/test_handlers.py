@@ -14,7 +14,9 @@ from PIL import Image
 from services.decoder.handler import DecodeHandler
 from services.denoiser.handler import DenoiseHandler
 from services.encoder.handler import EncodeHandler
-from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.errors import GenerationError
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
 from streamflow.host import handoff
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.stages.imaging import decode_rgb, encode_image
@@ -56,12 +58,12 @@ async def test_a_guided_image_equals_what_the_stages_make_by_themselves(rig: Rig
     assert isinstance(outcome.result, bytes)
     stored = types_pb2.StoredImage.FromString(outcome.result)
 
-    [alone] = stages.encoder.encode([EncodeJob("b", "no", guided=True)])
-    for name, tensors in (("cond", alone.conditioning), ("neg", alone.negative or {})):
-        kept = await rig.transport.get_cached(encoded.payload[name].decode(), keep_s=1)
+    [alone] = stages.encoder.encode([EncodeJob({Role.TARGET: "b", Role.NEGATIVE: "no"})])
+    for role, tensors in alone.conditioning.items():
+        kept = await rig.transport.get_cached(encoded.payload[handoff.text_field(role)].decode(), keep_s=1)
         assert kept is not None
         np.testing.assert_allclose(codec.decode_tensors(kept)["prompt_embeds"], tensors["prompt_embeds"], atol=1e-5)
-    job = DenoiseJob(alone.conditioning, 2, 3.0, "euler", 1, 64, 64, negative=alone.negative)
+    job = DenoiseJob(alone.conditioning, 2, Guidance(3.0), "euler", 1, 64, 64)
     latents = DenoiserStage(stages.denoiser._denoiser).run([job])
     pixels = stages.decoder.decode(np.stack(latents), DecoderKind.TINY)[0]
     assert np.abs(decode_rgb(stored.data, size=(64, 64)).astype(int) - pixels).max() <= 1
@@ -94,7 +96,7 @@ async def test_init_image_and_mask_keep_what_lies_outside_the_mask(rig: Rig, sta
     init = codec.decode(await rig.transport.get_blob(encoded.payload["init"].decode()) or b"")
     mask = codec.decode(await rig.transport.get_blob(encoded.payload["mask"].decode()) or b"")
     assert np.array_equal(mask, np.repeat([[0.0] * 8 + [1.0] * 8], 16, axis=0))
-    [alone] = stages.encoder.encode([EncodeJob("a red", init_image=PICTURE)])
+    [alone] = stages.encoder.encode([EncodeJob({Role.TARGET: "a red"}, init_image=PICTURE)])
     np.testing.assert_allclose(init, alone.init_latents, atol=1e-5)
 
     denoised = await rig.step(Stage.DENOISE)
@@ -102,6 +104,13 @@ async def test_init_image_and_mask_keep_what_lies_outside_the_mask(rig: Rig, sta
     latents = codec.decode(denoised.payload["latents"])
     np.testing.assert_allclose(latents[:, :, :8], init[:, :, :8], atol=1e-5)
     assert np.abs(latents[:, :, 8:] - init[:, :, 8:]).max() > 0.1
+
+    finished = await rig.step(Stage.DECODE)
+    assert isinstance(finished, Finish)
+    assert isinstance(finished.result, bytes)
+    pixels = decode_rgb(types_pb2.StoredImage.FromString(finished.result).data, size=(64, 64))
+    assert np.array_equal(pixels[:, :32], PICTURE[:, :32])
+    assert not np.array_equal(pixels[:, 32:], PICTURE[:, 32:])
 
 
 def png_of(gray: np.ndarray) -> bytes:
@@ -243,13 +252,12 @@ async def test_output_options_reach_the_file_and_metadata_holds_no_prompt(rig: R
     assert "prompt" not in metadata
 
 
-async def test_a_strength_that_leaves_no_step_is_the_callers_mistake(rig: Rig) -> None:
+async def test_a_strength_that_leaves_no_step_is_no_specification(rig: Rig) -> None:
     spec = rig.spec(strength=0.1)
     spec.init_image_blob = await rig.transport.put_blob(encode_image(PICTURE, ImageFormat.PNG), keep_s=60)
     await rig.admit(spec)
-    await rig.step(Stage.ENCODE)
-    with pytest.raises(InvalidRequestError, match="strength"):
-        await rig.step(Stage.DENOISE)
+    with pytest.raises(GenerationError, match="strength"):
+        await rig.step(Stage.ENCODE)
 
 
 async def test_an_entry_is_stale_once_another_finished_it(rig: Rig) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from services.decoder.handler import DecodeHandler
 from streamflow.errors import GenerationError, StreamFlowError
-from streamflow.host import handoff
 from streamflow.stages.imaging import encode_image
 from streamflow.transport import codec
 from streamflow.transport.base import ImageRef, PreviewTask
@@ -91,12 +90,12 @@ CONDITIONING = {
 
 @pytest.mark.parametrize("data", CONDITIONING.values(), ids=CONDITIONING.keys())
 async def test_denoiser_fails_the_image_alone(rig: Rig, data: bytes) -> None:
-    entry = await rig.forge(Stage.DENOISE, {handoff.CONDITIONING: await cached(rig, data)})
+    entry = await rig.forge(Stage.DENOISE, {"text0": await cached(rig, data)})
     with pytest.raises(StreamFlowError, match=r"malformed|conditioning"):
         await rig.handle(entry)
 
 
-@pytest.mark.parametrize("payload", [{}, {"cond": b""}, {"cond": b"\xff" * 64}, {"cond": b"C" * 64}])
+@pytest.mark.parametrize("payload", [{}, {"text0": b""}, {"text0": b"\xff" * 64}, {"text0": b"C" * 64}])
 async def test_denoiser_refuses_references_that_are_none(rig: Rig, payload: dict[str, bytes]) -> None:
     entry = await rig.forge(Stage.DENOISE, payload)
     with pytest.raises(GenerationError, match="malformed"):
@@ -105,8 +104,8 @@ async def test_denoiser_refuses_references_that_are_none(rig: Rig, payload: dict
 
 async def test_a_guided_image_without_its_negative_is_malformed(rig: Rig) -> None:
     key = await cached(rig, conditioning(prompt_embeds=EMBEDS))
-    entry = await rig.forge(Stage.DENOISE, {"cond": key}, rig.spec(guidance_scale=4.0))
-    with pytest.raises(GenerationError, match="neg is missing"):
+    entry = await rig.forge(Stage.DENOISE, {"text0": key}, rig.spec(guidance_scale=4.0))
+    with pytest.raises(GenerationError, match="text1 is missing"):
         await rig.handle(entry)
 
 
@@ -165,7 +164,7 @@ async def test_every_stage_refuses_a_specification_that_cannot_be(rig: Rig) -> N
                 await rig.handle(entry)
             following = {Stage.ENCODE: Stage.DENOISE, Stage.DENOISE: Stage.DECODE}.get(stage)
             if following is not None:
-                payload = {"cond": b"0" * 64, "latents": codec.encode(GOOD)}
+                payload = {"text0": b"0" * 64, "latents": codec.encode(GOOD)}
                 assert await rig.transport.advance(entry, following, payload)
                 entry = await rig.next(following)
         assert await rig.transport.finish(entry, Failure("INTERNAL", name))
@@ -201,7 +200,7 @@ async def test_a_broken_cached_prompt_fails_the_image_and_not_the_encoder(rig: R
     await rig.admit(rig.spec())
     first = await rig.step(Stage.ENCODE)
     assert isinstance(first, Advance)
-    key = first.payload["cond"].decode()
+    key = first.payload["text0"].decode()
     await rig.transport.put_cached(key, b"\xff" * 10, keep_s=60)
     await rig.admit(rig.spec(), name="again")
     with pytest.raises(GenerationError, match="malformed"):

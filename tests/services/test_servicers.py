@@ -17,6 +17,8 @@ from services.decoder import servicer as decoder
 from services.denoiser import servicer as denoiser
 from services.encoder import servicer as encoder
 from streamflow.config import StageSettings
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
 from streamflow.host.control import StageControl
 from streamflow.rpc.server import RpcServer
 from streamflow.stages.denoiser import DenoiserStage
@@ -110,15 +112,46 @@ async def test_denoise_streams_progress_and_ends_with_the_latents(rig: Rig, stag
     assert [event.WhichOneof("event") for event in events[-2:]] == ["progress", "latents"]
     assert (events[-2].progress.step, events[-2].progress.steps) == (3, 3)
     embeds = codec.tensors_from_pb(request.conditioning)
-    job = DenoiseJob(embeds, 3, 2.0, "euler", 5, 64, 64, negative=embeds)
+    job = DenoiseJob({Role.TARGET: embeds, Role.NEGATIVE: embeds}, 3, Guidance(2.0), "euler", 5, 64, 64)
     [alone] = DenoiserStage(stages.denoiser._denoiser).run([job])
     np.testing.assert_allclose(codec.from_pb(events[-1].latents), alone, atol=1e-4)
+
+
+async def test_a_change_reaches_the_image_that_is_made(rig: Rig, stages: Stages) -> None:
+    text = denoise_request(sampler="heun", steps=50, key="live").conditioning
+    async with served(rig, stages, Stage.DENOISE) as (channel, _):
+        stub = denoiser_pb2_grpc.DenoiserStub(channel)
+        call = stub.Denoise(denoise_request(steps=50, key="live", preview_interval_steps=10))
+        seen, last = set(), denoiser_pb2.DenoiseEvent()
+        async for event in call:
+            if not seen:
+                await stub.Change(
+                    denoiser_pb2.ChangeRequest(key="live", negative_conditioning=text, guidance_scale=2.0)
+                )
+            seen.add(event.WhichOneof("event"))
+            last = event
+        assert seen == {"progress", "preview", "latents"}
+        assert codec.from_pb(last.latents).shape == (4, 16, 16)
+        for request, code in (
+            (denoiser_pb2.ChangeRequest(key="live", guidance_scale=2.0), grpc.StatusCode.NOT_FOUND),
+            (denoiser_pb2.ChangeRequest(key="live", guidance_scale=-2.0), grpc.StatusCode.INVALID_ARGUMENT),
+            (
+                denoiser_pb2.ChangeRequest(key="live", guidance=types_pb2.GuidanceOptions(end_sigma=0.5)),
+                grpc.StatusCode.INVALID_ARGUMENT,
+            ),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.Change(request)
+            assert caught.value.code() is code
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"conditioning": encoder_pb2.Conditioning()}, "conditioning"),
+        ({"key": "a b"}, "key"),
+        ({"sampler": "R3"}, "a first block"),
+        ({"guidance": types_pb2.GuidanceOptions(start_sigma=0.2, end_sigma=0.5)}, "guidance_interval"),
         ({"guidance_scale": 2.0}, "negative"),
         ({"guidance_scale": float("nan")}, "guidance_scale"),
         ({"steps": 10_000}, "steps"),

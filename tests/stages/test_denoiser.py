@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from streamflow.errors import GenerationError, InvalidRequestError, UnavailableError
+from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
 from streamflow.stages.denoiser import DenoiserStage
-from streamflow.types import DenoiseJob
+from streamflow.types import DenoiseJob, JobChange
 from tests.checkpoints import TOKENS
 
 
@@ -26,10 +29,9 @@ def embeds(seed: int) -> dict[str, np.ndarray]:
 
 def job(seed: int = 0, **changes: object) -> DenoiseJob:
     fields = {
-        "conditioning": embeds(seed),
-        "negative": embeds(1000 + seed),
+        "conditioning": {Role.TARGET: embeds(seed), Role.NEGATIVE: embeds(1000 + seed)},
         "steps": 3,
-        "guidance_scale": 1.0,
+        "guidance": Guidance(),
         "sampler": "euler",
         "seed": seed,
         "height": 64,
@@ -39,13 +41,13 @@ def job(seed: int = 0, **changes: object) -> DenoiseJob:
 
 
 async def test_concurrent_jobs_mix_timesteps_and_equal_the_script(stage: DenoiserStage) -> None:
-    jobs = [job(k, steps=2 + 3 * k, guidance_scale=1.0 + k % 2) for k in range(6)]
+    jobs = [job(k, steps=2 + 3 * k, guidance=Guidance(1.0 + k % 2)) for k in range(6)]
     async with stage:
         together = await asyncio.gather(*(stage.denoise(one) for one in jobs))
         assert any(len(set(tick.timesteps)) > 1 for tick in stage.ticks)
         assert stage.counters["mixed_ticks_total"] > 0
         assert stage.counters["images_total"] == len(jobs)
-        assert stage.free_slots == stage.slots
+        assert stage.slots_in_use == 0
     for ours, expected in zip(together, stage.run(jobs), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
@@ -125,9 +127,12 @@ async def test_leaving_the_stage_ends_what_is_under_way(stage: DenoiserStage) ->
     ("changes", "message"),
     [
         ({"noise": np.zeros((4, 8, 8), np.float32)}, r"noise: got 'shape \[4, 8, 8\]'"),
-        ({"conditioning": {"other": np.zeros(3)}}, "prompt_embeds"),
-        ({"conditioning": {"prompt_embeds": np.zeros((3, 16))}}, r"conditioning.prompt_embeds.*\[12, 16\]"),
-        ({"guidance_scale": 2.0, "negative": None}, "guidance_scale"),
+        ({"conditioning": {Role.TARGET: {"other": np.zeros(3)}}}, "prompt_embeds"),
+        (
+            {"conditioning": {Role.TARGET: {"prompt_embeds": np.zeros((3, 16))}}},
+            r"conditioning.prompt_embeds.*\[12, 16\]",
+        ),
+        ({"guidance": Guidance(2.0), "conditioning": {Role.TARGET: embeds(0)}}, "negative text"),
         ({"sampler": "nope"}, "sampler.*euler"),
         ({"mask": np.ones((16, 16), np.float32)}, "init image"),
         ({"init_latents": np.zeros((4, 16, 16), np.float32), "strength": 0.1}, "strength"),
@@ -136,7 +141,7 @@ async def test_leaving_the_stage_ends_what_is_under_way(stage: DenoiserStage) ->
 def test_jobs_that_cannot_run_are_refused(stage: DenoiserStage, changes: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         stage.run([job(**changes)])
-    assert stage.free_slots == stage.slots
+    assert stage.slots_in_use == 0
 
 
 def test_image_to_image_starts_from_its_source(stage: DenoiserStage) -> None:
@@ -153,3 +158,59 @@ def test_more_jobs_than_slots_from_a_script(stage: DenoiserStage) -> None:
     results = stage.run([job(k) for k in range(9)], on_progress=lambda progress: seen.append(progress.handle))
     assert len(results) == 9
     assert sorted(set(seen)) == list(range(9))  # type: ignore[type-var]
+
+
+async def test_a_change_under_way_replaces_the_text_and_the_guidance(stage: DenoiserStage) -> None:
+    new_text = embeds(77)
+    async with stage:
+        changed = asyncio.Event()
+
+        def on_progress(step: int, steps: int) -> None:
+            if step == 2:
+                changed.set()
+
+        running = asyncio.create_task(stage.denoise(job(3, steps=60), key="live", on_progress=on_progress))
+        await changed.wait()
+        change = JobChange(conditioning={Role.TARGET: new_text}, guidance=Guidance(2.0))
+        await stage.change("live", change)
+        latents = await running
+        with pytest.raises(NotFoundError, match="live"):
+            await stage.change("live", change)
+    old = stage.run([job(3, steps=60)])[0]
+    texts = {**job(3).conditioning, Role.TARGET: new_text}
+    new = stage.run([job(3, steps=60, conditioning=texts, guidance=Guidance(2.0))])
+    # It began with the old text and ended with the new one.
+    assert not np.allclose(latents, old, atol=1e-3)
+    assert not np.allclose(latents, new[0], atol=1e-6)
+    assert np.linalg.norm(latents - new[0]) < np.linalg.norm(latents - old)
+
+
+async def test_changes_that_cannot_be_made_leave_the_image_as_it_is(stage: DenoiserStage) -> None:
+    bad_text = {Role.TARGET: {"prompt_embeds": np.zeros((3, 16), np.float32)}}
+    async with stage:
+        started = asyncio.Event()
+        running = asyncio.create_task(
+            stage.denoise(job(4, steps=40), key=1, on_progress=lambda step, steps: started.set())
+        )
+        await started.wait()
+        for change in (JobChange(conditioning=bad_text), JobChange(strength=0.5)):
+            with pytest.raises(InvalidRequestError):
+                await stage.change(1, change)
+        with pytest.raises(InvalidRequestError, match="key"):
+            await stage.denoise(job(5), key=1)
+        with pytest.raises(NotFoundError):
+            await stage.change(2, JobChange(guidance=Guidance(2.0)))
+        latents = await running
+    np.testing.assert_allclose(latents, stage.run([job(4, steps=40)])[0], rtol=0, atol=1e-4)
+
+
+async def test_a_new_strength_starts_again_from_the_source(stage: DenoiserStage) -> None:
+    source = np.random.default_rng(5).normal(size=(4, 16, 16)).astype(np.float32)
+    given = job(6, steps=40, init_latents=source, strength=1.0)
+    async with stage:
+        started = asyncio.Event()
+        running = asyncio.create_task(stage.denoise(given, key="k", on_progress=lambda step, steps: started.set()))
+        await started.wait()
+        await stage.change("k", JobChange(strength=0.5))
+        latents = await running
+    np.testing.assert_allclose(latents, stage.run([replace(given, strength=0.5)])[0], rtol=0, atol=1e-4)

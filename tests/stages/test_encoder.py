@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from streamflow.errors import GenerationError, InvalidRequestError
+from streamflow.flow.programs import Role
 from streamflow.stages.encoder import EncoderStage, prompt_cache_key
 from streamflow.types import EncodeJob, Tensors
 
@@ -51,20 +52,23 @@ def watched(stage: EncoderStage, **options: object) -> tuple[EncoderStage, Watch
     return EncoderStage(text, stage._images, stage.card, **options), text  # type: ignore[arg-type]
 
 
+def texts(prompt: str, negative: str | None = None, **more: np.ndarray) -> EncodeJob:
+    return EncodeJob({Role.TARGET: prompt} | ({} if negative is None else {Role.NEGATIVE: negative}), **more)
+
+
 def test_equal_prompts_are_encoded_once_and_everybody_gets_theirs(stage: EncoderStage) -> None:
     counted, text = watched(stage)
-    jobs = [EncodeJob("a", "b", guided=True), EncodeJob("a"), EncodeJob("b")]
-    first, second, third = counted.encode(jobs)
+    jobs = [texts("a", "b"), texts("a"), texts("b")]
+    first, second, third = (job.conditioning for job in counted.encode(jobs))
     assert text.calls == [["a", "b"]]
-    assert first.negative is not None
-    assert np.array_equal(first.conditioning["prompt_embeds"], second.conditioning["prompt_embeds"])
-    assert np.array_equal(first.negative["prompt_embeds"], third.conditioning["prompt_embeds"])
-    assert not np.array_equal(first.conditioning["prompt_embeds"], third.conditioning["prompt_embeds"])
-    assert second.negative is None
+    assert np.array_equal(first[Role.TARGET]["prompt_embeds"], second[Role.TARGET]["prompt_embeds"])
+    assert np.array_equal(first[Role.NEGATIVE]["prompt_embeds"], third[Role.TARGET]["prompt_embeds"])
+    assert not np.array_equal(first[Role.TARGET]["prompt_embeds"], third[Role.TARGET]["prompt_embeds"])
+    assert second.keys() == {Role.TARGET}
 
 
 def test_a_long_prompt_is_cut_and_the_warning_says_what_was(stage: EncoderStage) -> None:
-    [fits, long] = stage.encode([EncodeJob("a red"), EncodeJob("abcdefghij tail", "abcdefghij end", guided=True)])
+    [fits, long] = stage.encode([texts("a red"), texts("abcdefghij tail", "abcdefghij end")])
     assert fits.warnings == ()
     assert len(long.warnings) == 2
     assert long.warnings[0].startswith("the prompt is longer than 12 tokens")
@@ -72,32 +76,33 @@ def test_a_long_prompt_is_cut_and_the_warning_says_what_was(stage: EncoderStage)
     assert long.warnings[1].startswith("the negative_prompt is longer")
 
 
-async def test_concurrent_jobs_share_calls_and_equal_what_they_give_alone(stage: EncoderStage) -> None:
+async def test_concurrent_prompts_share_calls_and_equal_what_they_give_alone(stage: EncoderStage) -> None:
     counted, text = watched(stage, max_rows=4, max_wait_s=60.0)
-    jobs = [EncodeJob(prompt, "no", guided=True) for prompt in ("x", "y")]
     async with counted:
-        together = await asyncio.gather(*map(counted.submit, jobs))
+        together = await asyncio.gather(*map(counted.encode_text, ("x", "no", "y", "no")))
     assert text.calls == [["x", "no", "y"]]
-    for job, result in zip(jobs, together, strict=True):
-        [alone] = stage.encode([job])
-        np.testing.assert_allclose(result.conditioning["prompt_embeds"], alone.conditioning["prompt_embeds"], atol=1e-5)
+    for prompt, result in zip(("x", "no", "y", "no"), together, strict=True):
+        [alone] = stage.encode([texts(prompt)])
+        expected = alone.conditioning[Role.TARGET]["prompt_embeds"]
+        np.testing.assert_allclose(result.conditioning["prompt_embeds"], expected, atol=1e-5)
 
 
 async def test_in_deterministic_mode_every_call_has_one_row(stage: EncoderStage) -> None:
     counted, text = watched(stage, deterministic=True)
     async with counted:
-        results = await asyncio.gather(*(counted.submit(EncodeJob(prompt)) for prompt in "xyz"))
-    again = counted.encode([EncodeJob(prompt) for prompt in "zyx"])
+        results = await asyncio.gather(*map(counted.encode_text, "xyz"))
+    again = counted.encode([texts(prompt) for prompt in "zyx"])
     assert sorted(text.calls) == [["x"], ["x"], ["y"], ["y"], ["z"], ["z"]]
     for result, same in zip(results, reversed(again), strict=True):
-        assert result.conditioning["prompt_embeds"].tobytes() == same.conditioning["prompt_embeds"].tobytes()
+        expected = same.conditioning[Role.TARGET]["prompt_embeds"]
+        assert result.conditioning["prompt_embeds"].tobytes() == expected.tobytes()
 
 
 async def test_only_the_guilty_prompt_fails(stage: EncoderStage) -> None:
     guarded, _ = watched(stage, max_rows=3, max_wait_s=60.0)
     async with guarded:
         good, broken, nan = await asyncio.gather(
-            *(guarded.submit(EncodeJob(prompt)) for prompt in ("fine", "break", "nan")), return_exceptions=True
+            *map(guarded.encode_text, ("fine", "break", "nan")), return_exceptions=True
         )
     assert not isinstance(good, BaseException)
     assert np.isfinite(good.conditioning["prompt_embeds"]).all()
@@ -108,14 +113,13 @@ async def test_only_the_guilty_prompt_fails(stage: EncoderStage) -> None:
 
 async def test_init_image_becomes_the_vae_encoders_mode(stage: EncoderStage) -> None:
     async with EncoderStage(stage._text, stage._images, stage.card) as own:
-        result = await own.submit(EncodeJob("a", init_image=PICTURE))
-    assert result.init_latents is not None
-    assert result.init_latents.shape == (4, 16, 16)
+        latents = await own.encode_image(PICTURE)
+    assert latents.shape == (4, 16, 16)
     scaled = PICTURE.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
-    np.testing.assert_allclose(result.init_latents, stage._images.encode(scaled)[0], atol=1e-5)
-    [alone] = stage.encode([EncodeJob("a", init_image=PICTURE)])
+    np.testing.assert_allclose(latents, stage._images.encode(scaled)[0], atol=1e-5)
+    [alone] = stage.encode([texts("a", init_image=PICTURE)])
     assert alone.init_latents is not None
-    np.testing.assert_allclose(result.init_latents, alone.init_latents, atol=1e-5)
+    np.testing.assert_allclose(latents, alone.init_latents, atol=1e-5)
 
 
 def test_mask_is_averaged_over_the_pixels_of_each_latent(stage: EncoderStage) -> None:
@@ -133,9 +137,9 @@ def test_mask_is_averaged_over_the_pixels_of_each_latent(stage: EncoderStage) ->
 @pytest.mark.parametrize("picture", [PICTURE[:63], PICTURE[..., 0], PICTURE.astype(np.float32), PICTURE[:0]])
 async def test_pictures_that_do_not_fit_are_refused(stage: EncoderStage, picture: np.ndarray) -> None:
     with pytest.raises(InvalidRequestError, match="init_image: got"):
-        stage.encode([EncodeJob("a", init_image=picture)])
+        stage.encode([texts("a", init_image=picture)])
     with pytest.raises(InvalidRequestError, match="init_image: got"):
-        await stage.submit(EncodeJob("a", init_image=picture))
+        await stage.encode_image(picture)
 
 
 def test_cache_key_depends_on_the_model_and_the_text_and_not_on_where_one_ends() -> None:

@@ -1,0 +1,34 @@
+"""The init image and mask of a request, as the gateway stored them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from streamflow.errors import GenerationError
+from streamflow.host.handoff import malformed
+from streamflow.host.request import ImageRequest
+from streamflow.pictures import Source
+from streamflow.stages.imaging import decode_mask, decode_rgb
+from streamflow.transport.base import Entry, Transport
+
+
+async def stored_source(transport: Transport, entry: Entry, request: ImageRequest) -> Source | None:
+    """None for a request without an init image. Raises GenerationError for what is gone or broken."""
+    if not request.init_image_blob:
+        return None
+    image = await _blob(transport, request.init_image_blob)
+    mask = await _blob(transport, request.mask_blob) if request.mask_blob else None
+    size = (request.width, request.height)
+    with malformed(entry):
+        return await asyncio.to_thread(_decode, image, mask, size)
+
+
+async def _blob(transport: Transport, sha256: str) -> bytes:
+    data = await transport.get_blob(sha256)
+    if data is None:
+        raise GenerationError("the request's init image or mask is no longer stored; send the request again")
+    return data
+
+
+def _decode(image: bytes, mask: bytes | None, size: tuple[int, int]) -> Source:
+    return Source(decode_rgb(image, size=size), None if mask is None else decode_mask(mask, size=size))
