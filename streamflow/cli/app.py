@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import streamflow
-from streamflow.cli import generate, inspect, up
+from streamflow.cli import edit, generate, inspect, samplers, up
 from streamflow.errors import StreamFlowError
 
 
@@ -33,6 +33,8 @@ app = typer.Typer(
 )
 app.command("up")(up.up)
 app.command("generate")(generate.generate)
+app.command("edit")(edit.edit)
+app.add_typer(samplers.app, name="samplers")
 app.command("status")(inspect.status)
 app.command("models")(inspect.models)
 app.command("jobs")(inspect.jobs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
+from streamflow.cli.tables import print_out, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +44,7 @@ def status(
         elif watch:
             _watch(client)
         else:
-            _print(_status_table(client.status()))
+            print_out(_status_table(client.status()))
 
 
 def models(
@@ -61,20 +62,18 @@ def models(
     if json:
         _print_json([asdict(model) for model in found])
         return
-    rows = [
-        (
-            model.name,
-            model.family,
-            model.revision[:12],
-            f"{model.default_width}x{model.default_height} (up to {model.max_width}x{model.max_height})",
-            f"{model.default_steps} (up to {model.max_steps})",
-            f"{model.default_guidance_scale:g}",
-            ", ".join(model.samplers),
-            ", ".join(model.decoders),
-        )
-        for model in found
-    ]
-    _print(_table("model", "family", "revision", "size", "steps", "guidance", "samplers", "decoders", rows=rows))
+    about = {
+        "family": [model.family for model in found],
+        "revision": [model.revision[:12] for model in found],
+        "size": [f"{m.default_width}x{m.default_height} (up to {m.max_width}x{m.max_height})" for m in found],
+        "steps": [f"{model.default_steps} (up to {model.max_steps})" for model in found],
+        "guidance": [f"{model.default_guidance_scale:g}" for model in found],
+        "sampler": [model.default_sampler for model in found],
+        "samplers": [", ".join(model.samplers) for model in found],
+        "decoders": [", ".join(model.decoders) for model in found],
+    }
+    # A column for each model: a row for each would be too long for most terminals.
+    print_out(table("model", *(m.name for m in found), rows=[(name, *values) for name, values in about.items()]))
 
 
 def jobs(
@@ -97,7 +96,7 @@ def jobs(
     if json:
         _print_json([asdict(job) for job in found])
     else:
-        _print(_job_table(found))
+        print_out(_job_table(found))
 
 
 def cancel(
@@ -144,9 +143,9 @@ def _status_table(status: Status) -> Table:
         )
         for stage in sorted(status.stages, key=lambda stage: (_ORDER.get(stage.stage, 9), stage.worker_id))
     ]
-    table = _table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=rows)
-    table.title = f"{status.model}: {len(rows)} replicas, {status.waiting} images waiting"
-    return table
+    shown = table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=rows)
+    shown.title = f"{status.model}: {len(rows)} replicas, {status.waiting} images waiting"
+    return shown
 
 
 def _job_table(found: Sequence[Job]) -> Table:
@@ -162,27 +161,10 @@ def _job_table(found: Sequence[Job]) -> Table:
         )
         for job in found
     ]
-    return _table("id", "state", "images", "model", "seed", "admitted", "failure", rows=rows)
+    return table("id", "state", "images", "model", "seed", "admitted", "failure", rows=rows)
 
 
 _ORDER = {"encoder": 0, "denoiser": 1, "decoder": 2}
-
-
-def _table(*columns: str, rows: Iterable[Sequence[object]]) -> Table:
-    from rich.table import Table
-
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    return table
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    Console().print(table)
 
 
 def _print_json(value: Any) -> None:

@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def up(
-    model: Annotated[Path, typer.Option(help="Checkpoint folder in diffusers layout.")] = Path("models/shapes"),
+    model: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder in diffusers layout; by default the built-in model.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Where the gateway listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = 50051,
     redis_url: Annotated[str | None, typer.Option(help="A running Redis; by default a private one is started.")] = None,
@@ -40,9 +42,10 @@ def up(
     import asyncio
 
     from streamflow.cli.supervisor import LocalDeployment
+    from streamflow.config import default_model
 
     deployment = LocalDeployment(
-        model=model,
+        model=model or default_model(),
         host=host,
         port=port,
         redis_url=redis_url,

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
-from PIL import Image
 
 from streamflow.errors import InvalidRequestError
-from streamflow.rpc.convert import decoder_to_pb, format_to_pb
+from streamflow.flow.guidance import GuidanceMode
+from streamflow.pictures import Picture, as_file
+from streamflow.rpc.convert import decoder_to_pb, format_to_pb, guidance_mode_to_pb
 from streamflow.types import DecoderKind, ImageFormat
 from streamflow.v1 import types_pb2
-
-Picture = Image.Image | bytes | str | Path
-"""A PIL image, the bytes of a PNG, JPEG or WebP, or the path of one."""
 
 _PRIORITIES: Mapping[str, types_pb2.Priority] = {
     "low": types_pb2.PRIORITY_LOW,
@@ -42,15 +38,19 @@ class GenerateOptions(TypedDict, total=False):
 
     Attributes:
         negative_prompt: what to steer away from; it has an effect only where guidance_scale > 1.
-        steps: network evaluations of the sampler's schedule.
+        steps: of the sampler's schedule; some samplers evaluate the network twice in a step.
         guidance_scale: classifier-free guidance; 1 or less = the conditional prediction alone.
         seed: of image 0, in [0, 2**64); image k (over all prompts, in order) uses seed + k. Left out, it follows from
             the request id, so it differs from request to request.
         num_images: pictures per prompt.
         width, height: pixels.
-        sampler: a name with options in brackets, such as "euler".
+        guidance_interval: sigmas between which guidance acts, such as (0.9, 0.2); 1 = noise, 0 = data.
+        guidance_mode: "full", or one of the experimental "self-negative" and "onetime-negative", which spare the second
+            network row; `residual_strength` in [0, 1] scales what they steer away from.
+        sampler: a name with options in brackets, such as "euler", or blocks, such as "H2P4R2".
         image, strength: a picture to start from, and how far it is changed, in (0, 1].
         mask: white = repaint, black = keep; the size of `image`.
+        source_prompt: what `image` shows, for the sampler "flowedit".
         format: "png", "jpeg", "webp" or "raw" (height x width x 3 bytes).
         quality: 1 to 100, for JPEG and WebP.
         decoder: "tiny" (fast) or "full" (best).
@@ -67,6 +67,9 @@ class GenerateOptions(TypedDict, total=False):
     negative_prompt: str | None
     steps: int | None
     guidance_scale: float | None
+    guidance_interval: tuple[float, float] | None
+    guidance_mode: str | None
+    residual_strength: float | None
     seed: int | None
     num_images: int
     width: int | None
@@ -75,6 +78,7 @@ class GenerateOptions(TypedDict, total=False):
     image: Picture | None
     strength: float | None
     mask: Picture | None
+    source_prompt: str | None
     format: str
     quality: int | None
     decoder: str | None
@@ -99,6 +103,9 @@ def build_request(
     decoder: str | None = None,
     embed_metadata: bool = False,
     priority: str = "normal",
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_mode: str | None = None,
+    residual_strength: float | None = None,
     detach: bool = False,
     **plain: Any,
 ) -> types_pb2.GenerateRequest:
@@ -125,8 +132,15 @@ def build_request(
     for name, value in fields.items():
         _set(request, name, value)
     request.priority = _priority(priority)
-    request.init_image = picture_bytes("image", image)
-    request.mask_image = picture_bytes("mask", mask)
+    if guidance_interval is not None:
+        start, end = _interval(guidance_interval)
+        _set(request.guidance, "start_sigma", start)
+        _set(request.guidance, "end_sigma", end)
+    if guidance_mode is not None:
+        request.guidance.mode = guidance_mode_to_pb(_choice("guidance_mode", GuidanceMode, guidance_mode))
+    _set(request.guidance, "residual_strength", residual_strength)
+    request.init_image = b"" if image is None else as_file("image", image)
+    request.mask_image = b"" if mask is None else as_file("mask", mask)
     _set(request.output, "format", format_to_pb(image_format(format)))
     _set(request.output, "quality", quality)
     _set(request.output, "embed_metadata", embed_metadata)
@@ -153,40 +167,6 @@ def image_format(name: str) -> ImageFormat:
     return _choice("format", ImageFormat, "jpeg" if name == "jpg" else name)
 
 
-_PNG_MODES = frozenset({"1", "L", "LA", "I;16", "P", "RGB", "RGBA"})
-
-
-def picture_bytes(field: str, picture: Picture | None) -> bytes:
-    """A picture as the bytes of a file; empty for None.
-
-    Raises:
-        InvalidRequestError: the file cannot be read, or it is no picture at all.
-    """
-    match picture:
-        case None:
-            return b""
-        case bytes():
-            return picture
-        case str() | Path():
-            return _read(field, Path(picture))
-        case Image.Image():
-            buffer = io.BytesIO()
-            try:
-                # PNG has no CMYK, YCbCr and the like.
-                (picture if picture.mode in _PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
-            except (OSError, ValueError) as error:
-                raise InvalidRequestError(field, picture, "a picture that can be read", str(error)) from error
-            return buffer.getvalue()
-    raise InvalidRequestError(field, picture, "a PIL image, bytes of a PNG, JPEG or WebP, or the path of one")
-
-
-def _read(field: str, path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidRequestError(field, str(path), "a file that can be read", error.strerror or "") from None
-
-
 def _set(message: Any, name: str, value: Any) -> None:
     """Sets a field where there is a value; protobuf's own refusals name neither the field nor what is allowed."""
     if value is None:
@@ -206,6 +186,15 @@ def _choice(field: str, kind: type[Choice], value: str) -> Choice:
         return kind(value)
     except ValueError:
         raise InvalidRequestError(field, value, ", ".join(kind)) from None
+
+
+def _interval(value: tuple[float, float]) -> tuple[float, float]:
+    try:
+        start, end = value
+    except (TypeError, ValueError):
+        allowed = "two sigmas, where guidance begins and where it ends, such as (0.9, 0.2)"
+        raise InvalidRequestError("guidance_interval", value, allowed) from None
+    return start, end
 
 
 def _priority(value: str) -> types_pb2.Priority:

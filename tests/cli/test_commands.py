@@ -19,7 +19,7 @@ from streamflow.client import Client
 from streamflow.types import JobState
 from tests.client.deployment import Deployment, in_thread
 
-COMMANDS = ("up", "generate", "status", "models", "jobs", "cancel")
+COMMANDS = ("up", "generate", "edit", "samplers", "status", "models", "jobs", "cancel")
 
 
 @pytest.fixture
@@ -116,10 +116,50 @@ def test_img2img(deployment: Deployment) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_edit_sends_the_picture_and_what_it_shows(deployment: Deployment) -> None:
+    Image.new("RGB", (64, 64), "red").save("red.png")
+    told = run("edit", "red.png", "a ring", "--source-prompt", "a circle", "--steps", "8", "-o", "a.png", "--json")
+    assert told.exit_code == 0, told.output
+    (image,) = json.loads(told.stdout)["images"]
+    assert (image["sampler"], image["steps"]) == ("flowedit", 8)
+    redrawn = run("edit", "red.png", "a ring", "--strength", "0.5", "-o", "b.png", "--json")
+    assert json.loads(redrawn.stdout)["images"][0]["sampler"] == "euler"
+
+
+def test_guidance_options_reach_the_gateway(deployment: Deployment) -> None:
+    asked = ("generate", "a ring", "-o", "a.png", "--guidance-scale", "3")
+    assert run(*asked, "--guidance-interval", "0.9:0.2", "--guidance-mode", "full").exit_code == 0
+    refused = run(*asked, "--guidance-interval", "0.2:0.9")
+    assert refused.stderr == (
+        "streamflow: guidance_interval: got '0.2 down to 0.9'; "
+        "allowed: two sigmas from 1 (noise) to 0 (data), the larger first\n"
+    )
+    assert "full, self-negative, onetime-negative" in run(*asked, "--guidance-mode", "half").stderr
+    assert "0.9:0.2" in run(*asked, "--guidance-interval", "0.9").stderr
+    residual = run(*asked, "--guidance-mode", "self-negative", "--sampler", "heun")
+    assert "need the sampler euler" in residual.stderr
+
+
+def test_samplers_are_listed_and_shown() -> None:
+    listed = run("samplers").output
+    assert all(name in listed for name in ("euler", "pseudo", "perflow", "flowedit", "H2P4R2"))
+    shown = run("samplers", "show", "H1P1R1", "--guidance-scale", "2").output
+    assert "5 network evaluations, 8 rows" in shown
+    assert "refiner" in shown
+    perflow = run("samplers", "show", "perflow[prediction=diff_eps]", "--steps", "4").output
+    assert "3.485786" in perflow
+    refused = run("samplers", "show", "R2")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("streamflow: sampler: got 'R2'; allowed: a first block")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (["generate", "a ring", "--steps", "0"], 1, "steps"),
+        (["generate", "a ring", "--sampler", "H2X1"], 1, "there is no X"),
+        (["generate", "a ring", "--width", "0"], 2, "--width"),
+        (["edit", "nowhere.png", "a ring"], 1, "nowhere.png"),
         (["generate", "a ring", "--init-image", "nowhere.png"], 1, "nowhere.png"),
         (["generate", "a ring", "-o", "/proc/nowhere/a.png"], 1, "/proc/nowhere"),
         (["generate", "a ring", "-o", "{prompt}.png"], 2, "{index}"),

@@ -122,6 +122,7 @@ def paint(request: types_pb2.GenerateRequest, index: int) -> bytes:
         width=request.width,
         height=request.height,
         steps=request.steps,
+        sampler=request.sampler,
         timings=types_pb2.Timings(waiting_ms=1, encode_ms=2, denoise_ms=3 + index, decode_ms=4),
     )
     data = picture(seed, request.width, request.height, kind.value)

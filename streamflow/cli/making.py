@@ -1,0 +1,138 @@
+"""What `streamflow generate` and `streamflow edit` share: their options, and from a request to files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from streamflow.client import Client, GenerateOptions, Result
+
+OutputOption = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE|FOLDER|PATTERN",
+        help="Where to write; a pattern may hold {index}, {seed}, {request_id} and {suffix}.",
+    ),
+]
+NegativePrompt = Annotated[str | None, typer.Option(help="What to steer away from, with guidance above 1.")]
+Steps = Annotated[int | None, typer.Option(help="Steps of the sampler's schedule.")]
+GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none.")]
+GuidanceInterval = Annotated[
+    str | None,
+    typer.Option(metavar="START:END", help="Sigmas between which guidance acts, such as 0.9:0.2; 1 = noise."),
+]
+GuidanceMode = Annotated[str | None, typer.Option(help="full; or, experimental, self-negative or onetime-negative.")]
+Seed = Annotated[int | None, typer.Option(help="Of the first image; the next ones count up.")]
+NumImages = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images for each prompt.")]
+Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
+SamplerOption = Annotated[str | None, typer.Option(help="A name or blocks; `streamflow samplers` lists them.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help="png, jpeg, webp or raw; by default what FILE ends with, or png.")
+]
+Quality = Annotated[int | None, typer.Option(help="1 to 100, for JPEG and WebP.")]
+Decoder = Annotated[str | None, typer.Option(help="tiny (fast) or full (best).")]
+Strength = Annotated[float | None, typer.Option(help="How far it is changed, above 0 to 1.")]
+Mask = Annotated[Path | None, typer.Option(help="White = repaint, black = keep.")]
+Preview = Annotated[bool, typer.Option("--preview", help="Write and show a preview after every step.")]
+PreviewEvery = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Write and show a preview after every N steps.")
+]
+PriorityOption = Annotated[str, typer.Option(help="low, normal or high.")]
+ModelOption = Annotated[str | None, typer.Option(help="A name from `streamflow models`.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds until it is given up.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace existing files whatever their names came from.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON: files, seeds, timings.")]
+
+_FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".rgb": "raw"}
+
+
+def format_of(given: str | None, output: str) -> str:
+    """What was asked for, or what the file's name ends with."""
+    return given or _FORMATS.get(Path(output).suffix.lower(), "png")
+
+
+def interval_of(given: str | None) -> tuple[float, float] | None:
+    """Reads START:END."""
+    if given is None:
+        return None
+    start, _, end = given.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        message = f"got {given!r}; two sigmas as START:END, such as 0.9:0.2"
+        raise typer.BadParameter(message, param_hint="--guidance-interval") from None
+
+
+def make(
+    connect: Callable[[], Client],
+    prompts: list[str],
+    options: GenerateOptions,
+    *,
+    output: str,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Asks for the pictures with a progress bar, writes them and says where."""
+    from streamflow.cli.progress import show_progress
+
+    paths = _choose_names(output, options, count=len(prompts) * options["num_images"], overwrite=overwrite)
+    with connect() as client, show_progress(paths) as on_event:
+        result = client.generate(prompts, on_event=on_event, **options)
+    _write(result, paths)
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning.message}", err=True)
+    if as_json:
+        typer.echo(_describe(result, paths))
+    else:
+        for path, info in zip(paths, result.infos, strict=True):
+            typer.echo(f"{path}  (seed {info.seed})")
+
+
+def _choose_names(output: str, options: GenerateOptions, *, count: int, overwrite: bool) -> list[Path]:
+    """Fixes the request's id and seed, because names may hold them, and refuses before there is any work."""
+    from streamflow.client.request import image_format, new_request_id, seed_of
+    from streamflow.client.result import output_paths, suffix_of
+
+    request_id = options["request_id"] = new_request_id()
+    seed = options["seed"]
+    first = options["seed"] = seed_of(request_id) if seed is None else seed
+    suffix = suffix_of(image_format(options["format"]))
+    try:
+        paths = output_paths(output, request_id=request_id, seeds=range(first, first + max(count, 1)), suffix=suffix)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--output") from None
+    for folder in {path.parent for path in paths}:
+        # Now rather than after the work.
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise typer.BadParameter(f"{folder} cannot be written to", param_hint="--output")
+    taken = [path for path in paths if path.exists() and str(path) != str(Path(output))]
+    if taken and not overwrite:
+        raise typer.BadParameter(f"{taken[0]} exists; choose another name or add --overwrite", param_hint="--output")
+    return paths
+
+
+def _write(result: Result, paths: list[Path]) -> None:
+    for path, data in zip(paths, result.files, strict=True):
+        path.write_bytes(data)
+
+
+def _describe(result: Result, paths: list[Path]) -> str:
+    images = [{"path": str(path), **asdict(info)} for path, info in zip(paths, result.infos, strict=True)]
+    about = {
+        "request_id": result.request_id,
+        "seed": result.seed,
+        "images": images,
+        "warnings": [warning.message for warning in result.warnings],
+        "timings": result.timings,
+    }
+    return json.dumps(about, indent=2)

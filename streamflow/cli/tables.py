@@ -1,0 +1,28 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(*columns: str, rows: Iterable[Sequence[object]], lines: bool = False) -> Table:
+    """Cells are texts of rich, or anything else as `str` gives it; `lines` are drawn between rows."""
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(show_lines=lines)
+    for column in columns:
+        made.add_column(column, overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return made
+
+
+def print_out(made: Table) -> None:
+    from rich.console import Console
+
+    Console().print(made)
