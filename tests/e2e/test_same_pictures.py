@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from streamflow.cli.supervisor import LocalDeployment
 from streamflow.client import AsyncClient
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
 from streamflow.pipeline import Pipeline
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.types import DenoiseJob
@@ -34,6 +37,28 @@ async def test_image_to_image_with_a_mask_is_the_same_too(client: AsyncClient, f
     mask.paste(255, (0, 0, source.width // 2, source.height))
     wish = Wish("a red circle", {"steps": 8, "seed": 3, "image": source, "strength": 0.75, "mask": mask})
     assert await wish.ask(client) == wish.fuse(fused)
+
+
+async def test_every_sampler_is_the_same_too_and_all_share_one_batch(client: AsyncClient, fused: Pipeline) -> None:
+    source = fused("a large red circle on a white background", seed=1).images[0]
+    edited = {"image": source, "strength": 0.75}
+    options: list[dict[str, Any]] = [
+        {"sampler": "heun", "steps": 4},
+        {"sampler": "midpoint", "steps": 3, "guidance_scale": 2.0},
+        {"sampler": "fireflow", "steps": 5},
+        {"sampler": "pseudo", "steps": 6, "guidance_scale": 2.0, "guidance_interval": (0.9, 0.3)},
+        {"sampler": "H1P5R3"},
+        {"sampler": "perflow[windows=3]", "steps": 5},
+        {"sampler": "instaflow", "steps": 1},
+        {"sampler": "euler-sde[eta=0.3]", "steps": 6},
+        {"guidance_scale": 2.0, "guidance_mode": "onetime-negative", "residual_strength": 0.5},
+        {"sampler": "flowedit", "steps": 8, "source_prompt": "a large red circle on a white background", **edited},
+        {"sampler": "H1P3R1", **edited},
+    ]
+    asked = [Wish("a large blue circle on a white background", {"seed": k, **each}) for k, each in enumerate(options)]
+    answers = await asyncio.gather(*(wish.ask(client) for wish in asked))
+    for wish, files in zip(asked, answers, strict=True):
+        assert files == wish.fuse(fused), wish
 
 
 async def test_forty_concurrent_requests_share_one_mixed_batch(
@@ -67,12 +92,11 @@ async def test_without_deterministic_mode_the_differences_are_rounding(
         DenoiseJob(
             one.conditioning,
             wish.options["steps"],
-            wish.options["guidance_scale"],
+            Guidance(wish.options["guidance_scale"]),
             "euler",
             wish.options["seed"],
             stage.card.default_height,
             stage.card.default_width,
-            negative=one.negative,
         )
         for wish, one in zip(wishes(8), encoded, strict=True)
     ]
@@ -89,4 +113,4 @@ async def test_without_deterministic_mode_the_differences_are_rounding(
 def _text(wish: Wish) -> object:
     from streamflow.types import EncodeJob
 
-    return EncodeJob(wish.prompt, wish.options.get("negative_prompt", ""), guided=wish.options["guidance_scale"] > 1)
+    return EncodeJob({Role.TARGET: wish.prompt, Role.NEGATIVE: wish.options.get("negative_prompt", "")})

@@ -1,0 +1,224 @@
+"""Samplers against each other on the built-in model: error, accuracy and Fréchet distance over network time.
+
+    python -m benchmarks.samplers --unet unet_base --guidance-scale 2
+    python -m benchmarks.samplers --unet unet
+
+Every sampler starts from the same noises and captions. The error is that of the latents to those of a 200-step solution
+of second order. Network time is what the sampler's rows cost at the median time of a full call, measured in the same
+run. Intervals are bootstrapped over the images, 95 %. Writes docs/benchmarks/samplers_<unet>.json; `benchmarks.plots`
+draws from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from streamflow.backends.base import Network
+from streamflow.backends.runtime import set_threads
+from streamflow.families import load_denoiser
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import BASE, REFINER, Role
+from streamflow.flow.samplers import sampler_steps
+from streamflow.stages.denoiser import DenoiserStage
+from streamflow.types import DenoiseJob
+from training.attributes import labels, predictions
+from training.captions import describe
+from training.classifier import labelled_drawings, load_classifier
+from training.drawing import sample_scenes
+from training.evaluate import attribute_accuracy, frechet_distance
+from training.parts import MODEL_DIR, load_text, load_vae
+from training.pool import embed_all
+from training.sampling import decode
+from training.text import tokenize
+
+OUT = Path("docs/benchmarks")
+REFERENCE = ("pseudo", 200)
+NAMED = (
+    *(("euler", steps) for steps in (1, 2, 4, 8, 25)),
+    *(("heun", steps) for steps in (2, 4, 6, 8, 12)),
+    *(("pseudo", steps) for steps in (2, 4, 6, 8, 12, 16)),
+)
+BLOCKS = ("H1P1R2", "H1P2R1", "H1P2R2", "H1P3R2", "H1P5R2", "H1P5R3", "H2P4R2", "H1P7R4", "H1P9R2", "H5R3")
+RESAMPLES = 300
+_SCENE_SEED = 21
+
+
+@dataclass(frozen=True)
+class Cases:
+    """Held-out captions: embeddings float32 [N, 32, 128], of the empty prompt [32, 128], and the scenes' labels."""
+
+    embeddings: np.ndarray
+    empty: np.ndarray
+    wanted: Tensor
+
+    def jobs(self, sampler: str, steps: int, guidance_scale: float, size_px: int) -> list[DenoiseJob]:
+        empty = {"prompt_embeds": self.empty}
+        return [
+            DenoiseJob(
+                {Role.TARGET: {"prompt_embeds": told}, Role.NEGATIVE: empty},
+                steps,
+                Guidance(guidance_scale),
+                sampler,
+                seed=seed,
+                height=size_px,
+                width=size_px,
+            )
+            for seed, told in enumerate(self.embeddings)
+        ]
+
+
+class Timed:
+    """A network that notes how long its calls take, by their rows."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self.name, self.row_counts = network.name, network.row_counts
+        self.row_invariant, self.takes_velocity = network.row_invariant, network.takes_velocity
+        self.seconds: dict[int, list[float]] = defaultdict(list)
+
+    def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        began = time.perf_counter()
+        output = self._network(latents, timestep, conditioning)
+        self.seconds[len(latents)].append(time.perf_counter() - began)
+        return output
+
+    @property
+    def row_ms(self) -> float:
+        """Milliseconds of a row, at the median of the largest calls."""
+        rows = max(self.seconds)
+        return 1000 * median(self.seconds[rows]) / rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unet", default="unet_base", help="unet (reflowed) or unet_base (before)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
+    parser.add_argument("--images", type=int, default=320)
+    parser.add_argument("--slots", type=int, default=32)
+    arguments = parser.parse_args()
+
+    threads = set_threads()
+    cases = make_cases(arguments.images)
+    with tempfile.TemporaryDirectory() as folder:
+        stage, networks = load(variant(arguments.unet, Path(folder)), arguments.slots)
+        judge = Judge(cases)
+        size_px = stage.card.default_height
+
+        def run(sampler: str, steps: int) -> np.ndarray:
+            return np.stack(stage.run(cases.jobs(sampler, steps, arguments.guidance_scale, size_px)))
+
+        reference = run(*REFERENCE)
+        samplers = [*NAMED, *((blocks, sampler_steps(blocks, 0)) for blocks in BLOCKS)]
+        rows = []
+        for sampler, steps in track(samplers, description=arguments.unet):
+            latents = run(sampler, steps)
+            programs = stage.image(cases.jobs(sampler, steps, arguments.guidance_scale, size_px)[0], handle=0).program
+            counts = {name: sum(op.rows for op in programs.ops if op.network == name) for name in networks}
+            rows.append({"sampler": sampler, "steps": steps, "rows": counts} | judge.figures(latents, reference))
+            print(rows[-1], flush=True)
+    costs = {name: network.row_ms for name, network in networks.items()}
+    for row in rows:
+        row["network_ms"] = round(sum(costs[name] * count for name, count in row["rows"].items()), 3)
+    about = {
+        "unet": arguments.unet,
+        "guidance_scale": arguments.guidance_scale,
+        "images": arguments.images,
+        "threads": threads,
+        "torch": torch.__version__,
+        "row_ms": {name: round(cost, 3) for name, cost in costs.items()},
+        "reference": judge.figures(reference, reference),
+        "rows": rows,
+    }
+    OUT.mkdir(parents=True, exist_ok=True)
+    path = OUT / f"samplers_{arguments.unet}.json"
+    path.write_text(json.dumps(about, indent=1) + "\n")
+    print(path)
+
+
+def variant(unet: str, folder: Path) -> Path:
+    """The built-in checkpoint with one of its UNets, and that one's refiner, in the place where they are looked for."""
+    chosen = {"unet": unet, "unet_refiner": "unet_refiner" if unet == "unet" else f"{unet}_refiner"}
+    for part in MODEL_DIR.iterdir():
+        if part.name not in chosen:
+            (folder / part.name).symlink_to(part)
+    for name, source in chosen.items():
+        (folder / name).symlink_to(MODEL_DIR / source)
+    return folder
+
+
+def load(folder: Path, slots: int) -> tuple[DenoiserStage, dict[str, Timed]]:
+    cpu = torch.device("cpu")
+    denoiser = load_denoiser(folder, device=cpu, dtype=torch.float32)
+    networks = {name: Timed(network) for name, network in denoiser.networks.items()}
+    assert networks.keys() == {BASE, REFINER}
+    return DenoiserStage(type(denoiser)(networks, denoiser.card, denoiser.conditioning_shapes), slots=slots), networks
+
+
+def make_cases(count: int) -> Cases:
+    scenes = sample_scenes(count, np.random.default_rng(_SCENE_SEED), held_out=True)
+    rng = np.random.default_rng(_SCENE_SEED)
+    tokenizer, encoder = load_text()
+    embeddings = embed_all(encoder, tokenize(tokenizer, [*(describe(scene, rng) for scene in scenes), ""]))
+    values = embeddings.float().numpy()
+    return Cases(values[:-1], values[-1], torch.tensor([labels(scene) for scene in scenes]))
+
+
+class Judge:
+    """Measures latents: their error, and what the classifier sees in the pictures."""
+
+    def __init__(self, cases: Cases) -> None:
+        self._wanted = cases.wanted
+        self._vae, self._classifier = load_vae().eval(), load_classifier()
+        rng = np.random.default_rng(_SCENE_SEED + 1)
+        real = [self._see(labelled_drawings(64, rng, held_out=True)[0])[0] for _ in range(0, len(cases.wanted), 64)]
+        self._real = torch.cat(real)[: len(cases.wanted)]
+
+    def figures(self, latents: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
+        """Each figure with the ends of its 95 % interval."""
+        difference = np.linalg.norm((latents - reference).reshape(len(latents), -1), axis=1)
+        error = torch.from_numpy(difference / np.linalg.norm(reference.reshape(len(latents), -1), axis=1))
+        seen = [self._see(decode(self._vae, part)) for part in torch.from_numpy(latents).split(64)]
+        features, attributes = (torch.cat(parts) for parts in zip(*seen, strict=True))
+        return {
+            "error": self._interval(lambda rows: float(error[rows].mean())),
+            "accuracy": self._interval(
+                lambda rows: attribute_accuracy(attributes[rows], self._wanted[rows])["accuracy"]
+            ),
+            "frechet": _centered(self._interval(lambda rows: frechet_distance(features[rows], self._real))),
+        }
+
+    @torch.no_grad()
+    def _see(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self._classifier(pictures)
+        return features, predictions(logits)
+
+    def _interval(self, figure: Callable[[Tensor], float]) -> list[float]:
+        """The figure over all images, and its 2.5 and 97.5 percentiles over resamples of them."""
+        count, generator = len(self._wanted), torch.Generator().manual_seed(0)
+        resampled = [figure(torch.randint(count, (count,), generator=generator)) for _ in range(RESAMPLES)]
+        values = [figure(torch.arange(count)), *np.percentile(resampled, [2.5, 97.5])]
+        return [round(float(value), 5) for value in values]
+
+
+def _centered(interval: list[float]) -> list[float]:
+    """The same width around the figure: images that are drawn twice raise the distance by themselves."""
+    value, low, high = interval
+    return [value, round(value - (high - low) / 2, 5), round(value + (high - low) / 2, 5)]
+
+
+if __name__ == "__main__":
+    main()
