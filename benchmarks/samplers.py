@@ -1,7 +1,7 @@
 """Samplers against each other on the built-in model: error, accuracy and Fréchet distance over network time.
 
     python -m benchmarks.samplers --unet unet_base --guidance-scale 2
-    python -m benchmarks.samplers --unet unet
+    python -m benchmarks.samplers
 
 Every sampler starts from the same noises and captions. The error is that of the latents to those of a 200-step solution
 of second order. Network time is what the sampler's rows cost at the median time of a full call, measured in the same
@@ -105,7 +105,7 @@ class Timed:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unet", default="unet_base", help="unet (reflowed) or unet_base (before)")
+    parser.add_argument("--unet", default="unet", help="unet (reflowed) or unet_base (before)")
     parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--slots", type=int, default=32)
