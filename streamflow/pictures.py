@@ -18,6 +18,8 @@ from streamflow.errors import InvalidRequestError
 MAX_PIXELS = 4_000_000
 """Of a file, unless the caller has another limit."""
 
+MAX_FILE_BYTES = 64 * 2**20
+
 Picture = Image.Image | bytes | str | Path
 """A PIL image, the bytes of a PNG, JPEG or WebP, or the path of one."""
 
@@ -114,6 +116,8 @@ def as_file(field: str, picture: Picture) -> bytes:
         InvalidRequestError: it cannot be read, or it is no picture at all.
     """
     match picture:
+        case b"":
+            raise InvalidRequestError(field, picture, "the bytes of a picture file")
         case bytes():
             return picture
         case str() | Path():
@@ -131,8 +135,14 @@ def as_file(field: str, picture: Picture) -> bytes:
 
 
 def read_file(field: str, path: Path) -> bytes:
-    """Raises InvalidRequestError."""
+    """Raises InvalidRequestError for what is no file, is empty or too large, or cannot be read."""
     try:
+        # Looked at first: a device never ends.
+        size = path.stat().st_size if path.is_file() or not path.exists() else -1
+        if size < 0:
+            raise InvalidRequestError(field, str(path), "a file that can be read", "it is none")
+        if not 0 < size <= MAX_FILE_BYTES:
+            raise InvalidRequestError(field, f"{size} bytes in {path.name}", f"1 to {MAX_FILE_BYTES} bytes")
         return path.read_bytes()
     except OSError as error:
         raise InvalidRequestError(field, str(path), "a file that can be read", error.strerror or "") from error

@@ -111,7 +111,7 @@ def test_a_mask_is_compared_upright() -> None:
     ("picture", "message"),
     [
         ("no/such/file.png", r"image: got 'no/such/file.png'; allowed: a file that can be read; No such file"),
-        (Path("/"), "a file that can be read; Is a directory"),
+        (Path("/"), "a file that can be read; it is none"),
         (Image.open(io.BytesIO(FILES["16 bits"][:200])), "a picture that can be read; .*truncated"),
         (COLOURS, "allowed: a PIL image, the bytes of a picture file, or the path of one"),
         (7, "image: got 7; allowed: a PIL image"),
@@ -130,3 +130,17 @@ def test_a_pil_image_as_a_file_reads_like_the_image_itself() -> None:
         again = read("image", as_file("image", picture), "RGB")
         assert np.array_equal(np.asarray(again), np.asarray(read("image", picture, "RGB")))
     assert read("image", as_file("image", turned), "RGB").size == (30, 50)
+
+
+def test_what_is_no_file_or_an_empty_one_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.png"
+    empty.touch()
+    for picture, says in (
+        (empty, "0 bytes in empty.png"),
+        (b"", "the bytes of a picture file"),
+        (Path("/dev/zero"), "a file"),
+        (tmp_path, "a file"),
+        (tmp_path / "nowhere.png", "No such file"),
+    ):
+        with pytest.raises(InvalidRequestError, match=says):
+            as_file("image", picture)

@@ -1,4 +1,4 @@
-"""The command line: `streamflow up | generate | status | models | jobs | cancel`."""
+"""The command line: `streamflow up | generate | edit | samplers | status | models | jobs | cancel`."""
 
 from __future__ import annotations
 
@@ -11,4 +11,6 @@ def main() -> None:
         from streamflow.cli.app import app
     except ModuleNotFoundError as error:
         sys.exit(f"streamflow: {error.name} is missing; the command line needs: pip install 'streamflow[cli]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app()

@@ -42,9 +42,12 @@ Quality = Annotated[int | None, typer.Option(help="1 to 100, for JPEG and WebP."
 Decoder = Annotated[str | None, typer.Option(help="tiny (fast) or full (best).")]
 Strength = Annotated[float | None, typer.Option(help="How far it is changed, above 0 to 1.")]
 Mask = Annotated[Path | None, typer.Option(help="White = repaint, black = keep.")]
-Preview = Annotated[bool, typer.Option("--preview", help="Write and show a preview after every step.")]
+Preview = Annotated[
+    bool, typer.Option("--preview", help="Write and show previews, after every step as far as time allows.")
+]
 PreviewEvery = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Write and show a preview after every N steps.")
+    int | None,
+    typer.Option(metavar="N", min=1, help="Write and show previews, after every N steps as far as time allows."),
 ]
 PriorityOption = Annotated[str, typer.Option(help="low, normal or high.")]
 ModelOption = Annotated[str | None, typer.Option(help="A name from `streamflow models`.")]
@@ -57,7 +60,11 @@ _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".r
 
 def format_of(given: str | None, output: str) -> str:
     """What was asked for, or what the file's name ends with."""
-    return given or _FORMATS.get(Path(output).suffix.lower(), "png")
+    suffix = Path(output).suffix.lower()
+    if given is None and suffix and suffix not in _FORMATS and "{" not in suffix:
+        message = f"got {output!r}; a name that ends with {', '.join(_FORMATS)}, or --format"
+        raise typer.BadParameter(message, param_hint="--output")
+    return given or _FORMATS.get(suffix, "png")
 
 
 def interval_of(given: str | None) -> tuple[float, float] | None:
@@ -112,7 +119,10 @@ def _choose_names(output: str, options: GenerateOptions, *, count: int, overwrit
         raise typer.BadParameter(str(error), param_hint="--output") from None
     for folder in {path.parent for path in paths}:
         # Now rather than after the work.
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise typer.BadParameter(f"{folder}: {error.strerror}", param_hint="--output") from None
         if not os.access(folder, os.W_OK):
             raise typer.BadParameter(f"{folder} cannot be written to", param_hint="--output")
     taken = [path for path in paths if path.exists() and str(path) != str(Path(output))]

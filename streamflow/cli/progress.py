@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,20 @@ def show_progress(paths: Sequence[Path]) -> Iterator[Callable[[events.Event], No
     bars = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn()
     )
-    with Live(bars, console=console, transient=True) as live:
+    with Live(bars, console=console, transient=True) as live, _shown_warnings(console):
         yield _Display(live, bars, paths).take
+
+
+@contextmanager
+def _shown_warnings(console: Console) -> Iterator[None]:
+    """What the client has to say beside its events, such as that the gateway is gone, above the bars."""
+    handler, logger = logging.Handler(logging.WARNING), logging.getLogger("streamflow.client")
+    handler.emit = lambda record: console.print(f"streamflow: {record.getMessage()}", highlight=False)  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 class _Display:

@@ -8,11 +8,13 @@ async with LocalDeployment(model="models/shapes") as deployment:
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -24,7 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from streamflow.cli.process import Command, OnLine, Supervised
 from streamflow.config import child_environment
-from streamflow.errors import InvalidRequestError, NotFoundError
+from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
 
 SERVICES: Mapping[str, str] = {
     "gateway": "streamflow.v1.Gateway",
@@ -141,8 +143,11 @@ class LocalDeployment:
         try:
             self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
             self._stack.push_async_callback(self._stop)
+            self._check_settings()
             if self._redis_url is None:
                 await self._start_redis()
+            else:
+                await check_redis(self._redis_url)
             names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port())]
             for kind, count in self._replicas.items():
                 names += [self._launch_replica(kind) for _ in range(count)]
@@ -171,6 +176,13 @@ class LocalDeployment:
                 wait.cancel()
             await asyncio.gather(*waits, return_exceptions=True)
 
+    def end_now(self) -> None:
+        """SIGKILL to every process but Redis, for a stop that takes too long."""
+        for name, process in self._processes.items():
+            if name != "redis" and process.running:
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+
     async def kill(self, name: str) -> None:
         """SIGKILL; it is started again. Returns when it is dead."""
         await self._process(name).kill()
@@ -192,6 +204,23 @@ class LocalDeployment:
         """SIGTERM; returns when it has ended. It is not started again."""
         await self._process(name).stop()
         del self._processes[name], self._addresses[name]
+
+    def _check_settings(self) -> None:
+        """What would otherwise be found out by a process that is started again and again."""
+        if self._log_dir is not None:
+            try:
+                self._log_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidRequestError("log_dir", str(self._log_dir), "a folder", error.strerror or "") from error
+        if self._port:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((self._host, self._port))
+                except OSError as error:
+                    given = f"{self._host}:{self._port}"
+                    hint = f"{error.strerror}; choose another one with --port"
+                    raise InvalidRequestError("port", given, "a free port of this machine", hint) from error
 
     async def _start_redis(self) -> None:
         from streamflow.cli.redis import RedisProgram, answers
@@ -241,7 +270,6 @@ class LocalDeployment:
         if name in self._processes:
             self._processes[name].last_lines.append(line)
         if self._log_dir is not None:
-            self._log_dir.mkdir(parents=True, exist_ok=True)
             with (self._log_dir / f"{name}.log").open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
         if self._user_on_line is not None:
@@ -253,6 +281,19 @@ class LocalDeployment:
         for names in (["gateway"], stages, ["redis"]):
             found = [self._processes[name] for name in names if name in self._processes]
             await asyncio.gather(*(process.stop() for process in found))
+
+
+async def check_redis(url: str) -> None:
+    """Raises UnavailableError when there is no Redis, or it does not let us in."""
+    from redis.asyncio import Redis
+    from redis.exceptions import RedisError
+
+    where = urlsplit(url).netloc.rpartition("@")[2] or url
+    try:
+        async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0) as client:
+            await client.ping()
+    except (RedisError, OSError, ValueError) as error:
+        raise UnavailableError(f"the Redis at {where} cannot be used: {error}") from error
 
 
 async def serving(address: str, service: str) -> None:

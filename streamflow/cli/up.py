@@ -31,7 +31,8 @@ def up(
 ) -> None:
     """Start Redis, the gateway and the stages here, and keep them running until Ctrl-C.
 
-    A process that crashes is started again. Everything else is set by STREAMFLOW_ variables (see the documentation).
+    A process that crashes is started again. Everything else is set by STREAMFLOW_ variables, which
+    `python -m gateway --help` and `python -m services.denoiser --help` list as options.
 
     \b
     Examples:
@@ -72,10 +73,13 @@ async def _serve(deployment: LocalDeployment) -> None:
     stop = asyncio.Event()
 
     def on_signal() -> None:
-        # The first one stops in order, during the start too; the next ones are about the same thing.
-        if not stop.is_set():
-            stop.set()
-            task.cancel()
+        # The first one stops in order, during the start too.
+        if stop.is_set():
+            deployment.end_now()
+            return
+        stop.set()
+        typer.echo("stopping: what is under way may finish; Ctrl-C again ends it at once", err=True)
+        task.cancel()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)

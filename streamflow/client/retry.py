@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -11,6 +12,10 @@ from streamflow.errors import BusyError, DeadlineError, JobCancelledError, Strea
 
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 2.0
+# A restart of a gateway takes less; a longer absence is worth a line.
+_TOLD_AFTER = 5
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +81,16 @@ class Retry:
             case UnavailableError() | JobCancelledError():
                 delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
                 self._failures += 1
+                if self._heard and self._failures == _TOLD_AFTER:
+                    _log.warning("%s does not answer any more; trying again until the time is up", self._policy.address)
                 patience_s = self._timeout_s if self._heard else self._policy.connect_timeout_s
                 return self._within_s(min(patience_s, self._timeout_s), delay_s, self._unavailable(error))
+            case DeadlineError() if self._failures:
+                message = f"{self._policy.address} did not answer any more, for {self._timeout_s:g} s in all"
+                raise DeadlineError(message) from None
             case DeadlineError():
-                raise DeadlineError(f"not finished within {self._timeout_s:g} s; allow more with timeout_s") from None
+                message = f"not finished within {self._timeout_s:g} s; allow more time (timeout_s, --timeout)"
+                raise DeadlineError(message) from None
             case _:
                 raise error from None
 

@@ -5,12 +5,14 @@ Importing this package, and `describe`, need no torch; each `load_` function imp
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import InvalidRequestError, StreamFlowError
 from streamflow.families.base import Denoiser, LatentDecoder, TextEncoder, VaeEncoder
 from streamflow.families.checkpoint import read_json
 from streamflow.types import DecoderKind, ModelCard
@@ -34,12 +36,14 @@ def describe(path: Path | str, name: str = "") -> ModelCard:
 
 
 def load_text_encoder(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    encoder: TextEncoder = _loader(Path(path)).load_text_encoder(Path(path), device=device, dtype=dtype)
+    with _loading(path) as (family, folder):
+        encoder: TextEncoder = family.load_text_encoder(folder, device=device, dtype=dtype)
     return encoder
 
 
 def load_vae_encoder(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> VaeEncoder:
-    encoder: VaeEncoder = _loader(Path(path)).load_vae_encoder(Path(path), device=device, dtype=dtype)
+    with _loading(path) as (family, folder):
+        encoder: VaeEncoder = family.load_vae_encoder(folder, device=device, dtype=dtype)
     return encoder
 
 
@@ -52,15 +56,15 @@ def load_denoiser(
     row_counts: tuple[int, ...] | None = None,
 ) -> Denoiser:
     """Args: row_counts: pad every network call to one of these; None = any."""
-    folder = Path(path)
-    denoiser: Denoiser = _loader(folder).load_denoiser(
-        folder, card=describe(folder, name), device=device, dtype=dtype, row_counts=row_counts
-    )
+    card = describe(path, name)
+    with _loading(path) as (family, folder):
+        denoiser: Denoiser = family.load_denoiser(folder, card=card, device=device, dtype=dtype, row_counts=row_counts)
     return denoiser
 
 
 def load_decoder(path: Path | str, kind: DecoderKind, *, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
-    decoder: LatentDecoder = _loader(Path(path)).load_decoder(Path(path), kind, device=device, dtype=dtype)
+    with _loading(path) as (family, folder):
+        decoder: LatentDecoder = family.load_decoder(folder, kind, device=device, dtype=dtype)
     return decoder
 
 
@@ -71,8 +75,29 @@ def _family(folder: Path) -> ModuleType:
     return import_module(FAMILIES[pipeline])
 
 
-def _loader(folder: Path) -> ModuleType:
-    """The family's module, with the libraries that it loads with told to be quiet: our own logs say what is loaded."""
+@contextmanager
+def _loading(path: Path | str) -> Iterator[tuple[ModuleType, Path]]:
+    """The family's module, and the folder.
+
+    Raises:
+        InvalidRequestError: for whatever a loader meets in a folder that is incomplete, damaged or inconsistent.
+    """
+    folder = Path(path)
+    family = _family(folder)
+    _be_quiet()
+    from safetensors import SafetensorError
+
+    try:
+        yield family, folder
+    except StreamFlowError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidRequestError("model", str(folder), "a checkpoint whose weights can be loaded", reason) from error
+
+
+def _be_quiet() -> None:
+    """Tells the libraries that load to be: our own logs say what is loaded."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -81,4 +106,3 @@ def _loader(folder: Path) -> ModuleType:
 
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
-    return _family(folder)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -182,3 +183,20 @@ async def test_waiting_for_an_exit_leaves_no_descriptor_open() -> None:
         await deployment.wait_ready("gateway")
     await asyncio.sleep(0)
     assert psutil.Process().num_fds() <= before
+
+
+async def test_what_no_process_could_mend_is_refused_before_any_is_started(tmp_path: Path) -> None:
+    taken = socket.create_server(("127.0.0.1", 0))
+    file = tmp_path / "file"
+    file.touch()
+    cases: list[tuple[dict[str, object], str]] = [
+        ({"port": taken.getsockname()[1]}, "a free port of this machine"),
+        ({"log_dir": file}, "a folder"),
+        ({"redis_url": "redis://127.0.0.1:1/0"}, "the Redis at 127.0.0.1:1 cannot be used"),
+        ({"redis_url": "garbage"}, "the Redis at garbage cannot be used"),
+    ]
+    with taken:
+        for options, says in cases:
+            with pytest.raises(StreamFlowError, match=says):
+                async with LocalDeployment(model=tmp_path, **options):  # type: ignore[arg-type]
+                    raise AssertionError("it started")
