@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types protos check-protos model clean
+.PHONY: help demo test test-faults lint types protos check-protos model clean
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -24,6 +24,9 @@ demo: $(STAMP)  ## Start everything on this machine, make pictures of a dozen pr
 
 test: $(STAMP)  ## All tests, with real processes and a real Redis
 	$(BIN)/python -m pytest
+
+test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load
+	$(BIN)/python -m pytest -m faults tests/faults
 
 lint: $(STAMP)  ## Style
 	$(BIN)/ruff check .

@@ -1,0 +1,160 @@
+"""A deployment of real processes with light stages, and what must hold after every fault."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio as redis
+
+from streamflow.cli.supervisor import COMMANDS, LocalDeployment
+from streamflow.client import AsyncClient, ImageReady
+from streamflow.errors import NotFoundError, StreamFlowError
+from streamflow.types import JobState
+from tests.faults.light_stage import picture
+
+LEASE_S = 2.0
+SIZE_PX = 64
+SHAPES = Path(__file__).parents[2] / "models" / "shapes"
+LIGHT = {
+    **COMMANDS,
+    **{name: (sys.executable, "-m", "tests.faults.light_stage", name) for name in ("encoder", "denoiser", "decoder")},
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, and the state in which it must end."""
+
+    request_id: str
+    prompt: str
+    seed: int
+    steps: int
+    num_images: int = 1
+    state: JobState = JobState.IMAGES
+
+    @property
+    def files(self) -> list[bytes]:
+        """The pictures that it gives."""
+        seeds = range(self.seed, self.seed + self.num_images)
+        return [picture(self.prompt, seed, self.steps, width=SIZE_PX, height=SIZE_PX) for seed in seeds]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "request_id": self.request_id,
+            "seed": self.seed,
+            "steps": self.steps,
+            "num_images": self.num_images,
+            "width": SIZE_PX,
+            "height": SIZE_PX,
+        }
+
+
+def requests(count: int, name: str, *, steps: int = 8, several: int = 5) -> list[Asked]:
+    """Requests with ids of their own; every `several`th asks for three images."""
+    return [
+        Asked(
+            request_id=f"{name}-{k}",
+            prompt=f"picture {k} of {name}",
+            seed=1000 * k,
+            steps=max(1, steps - k % 7),
+            num_images=3 if k % several == 1 else 1,
+        )
+        for k in range(count)
+    ]
+
+
+@dataclass
+class Tally:
+    """What became of the requests of one fault.
+
+    Attributes:
+        recovery_s: from the fault to the next finished image, where it was measured.
+    """
+
+    fault: str
+    requests: int = 0
+    lost: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    recovery_s: float | None = None
+    seconds: float = 0.0
+
+
+@asynccontextmanager
+async def light_deployment(
+    *, settings: Mapping[str, object] | None = None, **replicas: Any
+) -> AsyncIterator[LocalDeployment]:
+    merged = {"lease_s": LEASE_S, "watch_lease_s": 5.0, **(settings or {})}
+    async with LocalDeployment(
+        model=SHAPES, commands=LIGHT, settings=merged, ready_timeout_s=60.0, grace_s=5.0, **replicas
+    ) as deployment:
+        yield deployment
+
+
+async def ask(client: AsyncClient, asked: Asked) -> list[bytes] | StreamFlowError:
+    """The files, or the error with which the request ended."""
+    try:
+        return list((await client.generate(asked.prompt, **asked.options)).files)
+    except StreamFlowError as error:
+        return error
+
+
+async def check(deployment: LocalDeployment, client: AsyncClient, sent: list[Asked], tally: Tally) -> None:
+    """Every accepted request has its one state and its pictures, and nothing is left behind."""
+    tally.requests += len(sent)
+    for asked in sent:
+        try:
+            job = await client.job(asked.request_id)
+        except NotFoundError:
+            tally.lost.append(asked.request_id)
+            continue
+        if job.state is not asked.state:
+            tally.wrong.append(f"{asked.request_id}: {job.state}, not {asked.state}")
+        elif asked.state is JobState.IMAGES and await read_again(client, asked.request_id) != asked.files:
+            tally.wrong.append(f"{asked.request_id}: other pictures")
+    assert not tally.lost, tally
+    assert not tally.wrong, tally
+    await settled(deployment)
+
+
+async def read_again(client: AsyncClient, request_id: str) -> list[bytes]:
+    """The pictures of a job that has ended, from the store."""
+    files = {event.info.index: event.data async for event in client.watch(request_id) if isinstance(event, ImageReady)}
+    return [files[index] for index in sorted(files)]
+
+
+async def settled(deployment: LocalDeployment, *, within_s: float = 10.0) -> None:
+    """Waits until nothing is under way and checks that nothing is pending, queued or reserved beyond what is stored."""
+    async with redis.from_url(deployment.redis_url) as store:
+        until = time.monotonic() + within_s
+        while left := await leftovers(store):
+            assert time.monotonic() < until, left
+            await asyncio.sleep(0.05)
+
+
+async def leftovers(store: Any) -> dict[str, Any]:
+    """What is there and should not be, by name."""
+    found: dict[str, Any] = {}
+    prefix = "sf:v1:{default}:"
+    for name, count in (("waiting", store.zcard), ("open", store.zcard), ("watch", store.zcard)):
+        if number := await count(prefix + name):
+            found[name] = number
+    if number := await store.scard(prefix + "under_way"):
+        found["under_way"] = number
+    async for key in store.scan_iter(match=prefix.replace("{", "\\{") + "*code:*"):
+        if number := await store.xlen(key):
+            found[key.decode()] = number
+    reserved = int(await store.hget(prefix + "meta", "reserved") or 0)
+    stored = 0
+    async for key in store.scan_iter(match="sf:v1:*:res:*"):
+        stored += await store.strlen(key)
+    if reserved != stored:
+        found["reserved"] = f"{reserved} bytes for {stored} stored"
+    return found

@@ -1,0 +1,115 @@
+"""Workers, gateways and Redis die in the middle of the work: nothing is lost, nothing comes twice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from streamflow.client import AsyncClient
+from tests.faults.harness import LEASE_S, Asked, Tally, ask, check, light_deployment, requests
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+
+# "before-" and "after-" a call of the transport, or "working" in the middle of an entry.
+POINTS = {
+    "encoder": ("after-read", "working", "before-advance", "after-advance", "after-register"),
+    "denoiser": ("after-read", "working", "before-advance", "after-advance", "before-heartbeat", "after-heartbeat"),
+    "decoder": ("after-read", "working", "before-finish", "after-finish", "after-register"),
+}
+
+
+async def everything(client: AsyncClient, sent: list[Asked]) -> None:
+    """Asks for all at once; each must come with its pictures."""
+    answers = await asyncio.gather(*(ask(client, asked) for asked in sent))
+    for asked, answer in zip(sent, answers, strict=True):
+        assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
+
+
+async def test_2_workers_of_every_stage_killed_in_a_storm(tally: Tally) -> None:
+    rng, sent = random.Random(2), requests(150, "storm", steps=60)
+    async with (
+        light_deployment(encoders=2, denoisers=2, decoders=2, slots=16) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        work, killed = asyncio.create_task(everything(client, sent)), 0
+        workers = [name for name in deployment.processes if name[-1].isdigit()]
+        while not work.done():
+            await deployment.kill(rng.choice(workers))
+            killed += 1
+            await asyncio.wait({work}, timeout=0.25)
+        await work
+        assert killed > 5
+        await check(deployment, client, sent, tally)
+
+
+@pytest.mark.parametrize("kind", POINTS)
+async def test_3_killed_at_exact_points(kind: str, tally: Tally, tmp_path: Path) -> None:
+    for point in POINTS[kind]:
+        hit = tmp_path / point
+        sent = requests(6, f"{kind}-{point}", steps=100 if "heartbeat" in point else 8)
+        settings = {f"fault_{kind}": f"{point}:2", "fault_log": hit}
+        async with light_deployment(settings=settings) as deployment, AsyncClient(deployment.address) as client:
+            await everything(client, sent)
+            await check(deployment, client, sent, tally)
+        assert hit.read_text() == point
+
+
+async def test_4_a_zombie_changes_nothing(tally: Tally) -> None:
+    sent = requests(12, "zombie", steps=100)
+    async with (
+        light_deployment(denoisers=2, slots=8) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        work = asyncio.create_task(everything(client, sent))
+        await asyncio.sleep(0.3)
+        frozen = deployment.processes["denoiser-1"].pid
+        os.kill(frozen, signal.SIGSTOP)
+        began = time.monotonic()
+        await asyncio.sleep(2 * LEASE_S)
+        os.kill(frozen, signal.SIGCONT)
+        await work
+        tally.recovery_s = time.monotonic() - began
+        await check(deployment, client, sent, tally)
+
+
+async def test_6_redis_killed(tally: Tally) -> None:
+    sent = requests(60, "redis", steps=40)
+    async with light_deployment(slots=16) as deployment, AsyncClient(deployment.address) as client:
+        work = asyncio.create_task(everything(client, sent))
+        for _ in range(3):
+            await asyncio.sleep(0.5)
+            await deployment.kill("redis")
+            await deployment.wait_ready("redis")
+        await work
+        await check(deployment, client, sent, tally)
+
+
+async def test_9_gateway_killed_while_watched(tally: Tally) -> None:
+    sent = requests(40, "gateway", steps=100)
+    async with light_deployment(slots=16) as deployment, AsyncClient(deployment.address) as client:
+        work = asyncio.create_task(everything(client, sent))
+        for _ in range(2):
+            await asyncio.sleep(0.5)
+            await deployment.kill("gateway")
+            await deployment.wait_ready("gateway")
+        await work
+        await check(deployment, client, sent, tally)
+
+
+async def test_16_rolling_restart_of_every_role_under_load(tally: Tally) -> None:
+    sent = requests(120, "rolling", steps=60)
+    async with (
+        light_deployment(encoders=2, denoisers=2, decoders=2, slots=8) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        work = asyncio.create_task(everything(client, sent))
+        for name in [name for name in deployment.processes if name != "redis"]:
+            await deployment.restart(name)
+        await work
+        await check(deployment, client, sent, tally)
