@@ -18,9 +18,9 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 # "before-" and "after-" a call of the transport, or "working" in the middle of an entry; at the nth time.
 POINTS = {
-    "encoder": ("after-read:1", "working:2", "before-advance:2", "after-advance:2", "after-register:1"),
+    "encoder": ("after-read:1", "working:2", "before-advance:2", "after-advance:2"),
     "denoiser": ("after-read:1", "working:2", "before-advance:2", "after-advance:2", "before-heartbeat:2"),
-    "decoder": ("after-read:1", "working:2", "before-finish:2", "after-finish:2", "after-register:1"),
+    "decoder": ("after-read:1", "working:2", "before-finish:2", "after-finish:2"),
 }
 STORM_S = 1.0
 """Between two kills in the storm: a worker takes about two seconds to come back."""
