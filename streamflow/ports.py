@@ -1,0 +1,84 @@
+"""Addresses and ports to listen on, tried with plain sockets before a server takes them.
+
+gRPC binds as many of a name's addresses as it can and only logs those that another process holds; a client of that
+name would then reach either process. So names are resolved here, and every address of one must be free.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import ExitStack
+
+LOOPBACK = "127.0.0.1"
+
+_TRIES = 8
+
+
+def local_addresses(host: str) -> list[str]:
+    """The numeric addresses of this machine that `host` stands for.
+
+    Raises:
+        OSError: there is none.
+    """
+    found = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    addresses: list[str] = list(dict.fromkeys(str(place[0]) for *_, place in found))
+    ours, failure = [], OSError(errno.EADDRNOTAVAIL, "not an address of this machine")
+    for address in addresses:
+        try:
+            with _bound(address, 0):
+                ours.append(address)
+        except OSError as error:
+            failure = error
+    if not ours:
+        raise failure
+    return ours
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """A port that is free on every address of `host`.
+
+    Raises:
+        OSError: `host` has no address here, or none of a few ports was free on all of them.
+    """
+    first, *others = local_addresses(host)
+    for _ in range(_TRIES):
+        with _bound(first, 0) as probe:
+            port: int = probe.getsockname()[1]
+            try:
+                _require_free(others, port)
+            except OSError:
+                continue
+            return port
+    raise OSError(errno.EADDRINUSE, f"no port is free on all of {first}, {', '.join(others)}")
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises OSError when another process holds `port` on an address of `host`, or `host` has none here.
+
+    Port 0 asks for the address alone.
+    """
+    _require_free(local_addresses(host), port)
+
+
+def join(host: str, port: int) -> str:
+    """`host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _require_free(addresses: list[str], port: int) -> None:
+    with ExitStack() as held:
+        for address in addresses:
+            held.enter_context(_bound(address, port))
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    probe = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # As servers do: the closed connections of one that has just ended are no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
+    except OSError:
+        probe.close()
+        raise
+    return probe
