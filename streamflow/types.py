@@ -124,6 +124,22 @@ class EncodedJob:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SlotState:
+    """Where an image stands between two network evaluations, so that any denoiser can go on with it.
+
+    Attributes:
+        latents, velocity: float32 [channels, height / f, width / f]; see flow/programs.py.
+        ops_done: evaluations that are behind it.
+        ops: of its program.
+    """
+
+    latents: np.ndarray
+    velocity: np.ndarray
+    ops_done: int
+    ops: int
+
+
 @dataclass(frozen=True, slots=True)
 class DenoiseJob:
     """One image for the running batch.
@@ -138,6 +154,7 @@ class DenoiseJob:
         init_latents, strength, mask: for images that start from another; see EncodedJob.
         noise: float32 [channels, height / f, width / f] in place of the seed's; or None.
         preview_interval_steps: a preview after every so many steps; 0 = none.
+        resume: where another denoiser left it; None = it begins here.
     """
 
     conditioning: Mapping[Role, Tensors]
@@ -152,6 +169,7 @@ class DenoiseJob:
     mask: np.ndarray | None = None
     noise: np.ndarray | None = None
     preview_interval_steps: int = 0
+    resume: SlotState | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,17 @@ def main() -> None:
     async def watch(handler: DenoiseHandler, worker: StageWorker) -> None:
         await handler.watch()
 
-    run_stage(StageService(Stage.DENOISE, load=load, handler=handler, servicer=service, background=watch), settings)
+    run_stage(
+        StageService(
+            Stage.DENOISE,
+            load=load,
+            handler=handler,
+            servicer=service,
+            background=watch,
+            suspend=DenoiseHandler.suspend,
+        ),
+        settings,
+    )
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from streamflow.host.latest import Latest
 from streamflow.host.request import ImageRequest, read_request
 from streamflow.rpc.convert import progress_event
 from streamflow.stages.denoiser import DenoiserStage
+from streamflow.stages.runner import SuspendedError
 from streamflow.telemetry import get_logger
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, PreviewTask, Transport
 from streamflow.transport.worker import Advance, EntryContext, Outcome
-from streamflow.types import DenoiseJob, Stage, Tensors
+from streamflow.types import DenoiseJob, SlotState, Stage, Tensors
 
 PROGRESS_INTERVAL_S = 0.1
 PREVIEW_INTERVAL_S = 0.5
@@ -61,8 +62,12 @@ class DenoiseHandler:
         """Returns never. Raises UnavailableError when the engine has ended."""
         await self._stage.watch()
 
+    def suspend(self) -> None:
+        """What is under way goes to other denoisers, which continue it."""
+        self._stage.suspend()
+
     async def __call__(self, context: EntryContext) -> Outcome:
-        """Advances the image to the decoder, or back to the encoder when a tensor is gone.
+        """Advances the image to the decoder, back to the encoder when a tensor is gone, or to another denoiser.
 
         Raises:
             InvalidRequestError: the job cannot be run, such as a strength that leaves no step.
@@ -78,10 +83,20 @@ class DenoiseHandler:
         except _GoneError:
             self.counters["sent_back_total"] += 1
             return handoff.send_back(entry, watch.stop("denoise"))
-        latents = await self._denoise(context, job)
+        try:
+            latents = await self._denoise(context, job)
+        except SuspendedError as suspended:
+            return await self._hand_over(entry, suspended.state, watch)
         payload = await handoff.pack_latents(self._transport, latents, keep_s=handoff.keep_s(entry))
         payload |= handoff.carried(entry, watch.stop("denoise"))
         return Advance(Stage.DECODE, payload)
+
+    async def _hand_over(self, entry: Entry, state: SlotState, watch: Stopwatch) -> Advance:
+        """An entry like this one, with which another denoiser goes on where this one stopped."""
+        self.counters["handed_over_total"] += 1
+        payload = handoff.without_state(entry.payload) | handoff.carried(entry, watch.stop("denoise"))
+        payload |= await handoff.pack_state(self._transport, state, keep_s=handoff.keep_s(entry))
+        return Advance(Stage.DENOISE, payload)
 
     async def _job(self, entry: Entry, request: ImageRequest) -> DenoiseJob:
         init = await self._tensor(entry, handoff.INIT) if request.init_image_blob else None
@@ -98,6 +113,7 @@ class DenoiseHandler:
             strength=request.strength,
             mask=mask,
             preview_interval_steps=request.preview_interval_steps,
+            resume=await self._state(entry, request),
         )
 
     async def _conditioning(self, entry: Entry, name: str) -> Tensors:
@@ -106,6 +122,11 @@ class DenoiseHandler:
             raise _GoneError(name)
         with malformed(entry):
             return codec.decode_tensors(data, field=name, finite=True)
+
+    async def _state(self, entry: Entry, request: ImageRequest) -> SlotState | None:
+        shape = handoff.latent_shape(self._stage.card, width=request.width, height=request.height)
+        with malformed(entry):
+            return await handoff.unpack_state(self._transport, entry.payload, shape=shape)
 
     async def _tensor(self, entry: Entry, name: str) -> np.ndarray:
         data = await self._transport.get_blob(_needed(entry, name))

@@ -18,6 +18,7 @@ from streamflow.batching.slots import Image, Layout, Slot, SlotTable
 from streamflow.batching.step import Step, StepFunction, run_step
 from streamflow.errors import GenerationError, StreamFlowError
 from streamflow.flow.programs import Op
+from streamflow.types import SlotState
 
 _log = logging.getLogger(__name__)
 
@@ -139,6 +140,12 @@ class Engine:
         if handle in self._slots:
             self._release(handle)
 
+    def suspend(self) -> dict[Hashable, SlotState]:
+        """Frees every slot; where the images stood, by handle: admitted with that as `resume` they go on from there."""
+        states = {handle: table.state(slot) for handle, (table, slot) in self._slots.items()}
+        self.clear()
+        return states
+
     def clear(self) -> None:
         """Frees every slot."""
         for handle in list(self._slots):
@@ -167,6 +174,9 @@ class Engine:
             raise ValueError(f"the program needs the network {name!r}; loaded: {', '.join(self._networks)}")
         for role in image.program.roles - image.conditioning.keys():
             raise ValueError(f"the program needs the {role.name.lower()} conditioning")
+        if image.resume and not 0 <= image.resume.ops_done < len(image.program) == image.resume.ops:
+            place = f"{image.resume.ops_done} of {image.resume.ops}"
+            raise ValueError(f"an image that stands at {place} cannot go on in a program of {len(image.program)}")
 
     def _gather(self) -> Iterator[tuple[SlotTable, str, list[Slot]]]:
         """The slots under way in groups that one network call can serve."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from streamflow.flow.programs import COLUMNS, Op, Program, Role, Term
+from streamflow.types import SlotState
 
 MIN_OPS = 32
 """Room for programs in a new slot table."""
@@ -25,6 +26,7 @@ class Image:
         source, mask: [C, H, W] clean latents; [H, W] in [0, 1], 1 = repaint.
         seed: of the draws of a stochastic program.
         preview_interval: a preview after every so many steps; 0 = none.
+        resume: where it stands already; None = at its program's start.
     """
 
     handle: Hashable
@@ -35,6 +37,7 @@ class Image:
     mask: Tensor | None = None
     seed: int = 0
     preview_interval: int = 0
+    resume: SlotState | None = None
 
     @property
     def layout(self) -> Layout:
@@ -145,8 +148,15 @@ class SlotTable:
         except BaseException:
             self._free.append(row)
             raise
-        slot = self._slots[row] = Slot(image, row)
+        slot = self._slots[row] = Slot(image, row, op_index=image.resume.ops_done if image.resume else 0)
         return slot
+
+    def state(self, slot: Slot) -> SlotState:
+        """A copy of where the slot stands."""
+        latents, velocity = (
+            table[slot.row].to("cpu", torch.float32, copy=True).numpy() for table in (self.latents, self.velocity)
+        )
+        return SlotState(latents, velocity, slot.ops_done, slot.ops_in_all)
 
     def release(self, slot: Slot) -> None:
         del self._slots[slot.row]
@@ -172,9 +182,12 @@ class SlotTable:
 
     def _write(self, row: int, image: Image) -> None:
         source = image.source if image.source is not None else torch.zeros_like(image.noise)
-        start = image.program.start_z * source + image.program.start_n * image.noise
-        # The velocity is never another image's: a program may begin with n0 - z0, and 0 * nan is nan.
-        velocity = image.noise - source
+        if image.resume is None:
+            start = image.program.start_z * source + image.program.start_n * image.noise
+            # The velocity is never another image's: a program may begin with n0 - z0, and 0 * nan is nan.
+            velocity = image.noise - source
+        else:
+            start, velocity = torch.from_numpy(image.resume.latents), torch.from_numpy(image.resume.velocity)
         tables = (self.latents, self.velocity, self.source, self.noise)
         for table, value in zip(tables, (start, velocity, source, image.noise), strict=True):
             table[row].copy_(value, non_blocking=True)

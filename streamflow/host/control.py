@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol, Self
 
@@ -60,6 +60,7 @@ class StageControl:
         stage: which of the three.
         hosted, handler: what does the work.
         device: where its networks are.
+        suspend: see StageWorker.
 
     Attributes:
         address: `host:port` of its gRPC surface; set once it is bound.
@@ -74,6 +75,7 @@ class StageControl:
         transport: Transport,
         settings: StageSettings,
         device: str,
+        suspend: Callable[[], None] | None = None,
     ) -> None:
         self.address = ""
         self._stage, self._hosted, self._handler, self._transport = stage, hosted, handler, transport
@@ -87,6 +89,7 @@ class StageControl:
             info=self.info,
             capacity=hosted.slots,
             progress_timeout_s=settings.progress_timeout_s,
+            suspend=suspend,
         )
 
     def info(self) -> WorkerInfo:

@@ -2,6 +2,8 @@
 
 to denoise:  text0 ...      cache key of the Conditioning of each role's text
              init, mask     SHA-256 of a blob with the tensor
+             state          from a denoiser that is leaving: where the image stands, as latents below;
+             done           and how many evaluations are behind it, such as 3/8
 to decode:   latents        the tensor itself up to 256 KiB, else
              latents_blob   the SHA-256 of a blob with it
 always:      timings        what the image has cost so far
@@ -24,12 +26,13 @@ from streamflow.flow.programs import Role
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Payload, Transport
 from streamflow.transport.worker import Advance
-from streamflow.types import ModelCard, Stage
+from streamflow.types import ModelCard, SlotState, Stage
 from streamflow.v1 import types_pb2
 
 INIT, MASK = "init", "mask"
 TIMINGS, RETURNS = "timings", "returns"
-LATENTS, LATENTS_BLOB = "latents", "latents_blob"
+LATENTS, STATE, DONE = "latents", "state", "done"
+BLOB = "_blob"
 
 MAX_INLINE_BYTES = 256 * 2**10
 KEEP_MARGIN_S = 60.0
@@ -38,6 +41,7 @@ KEEP_MARGIN_S = 60.0
 MAX_RETURNS = 3
 
 _REFERENCE = re.compile(rb"[0-9a-f]{64}")
+_PROGRESS = re.compile(rb"(\d{1,6})/(\d{1,6})")
 
 
 def text_field(role: Role) -> str:
@@ -76,15 +80,12 @@ def reference(payload: Payload, name: str) -> str | None:
 async def pack_latents(
     transport: Transport, latents: np.ndarray, *, keep_s: float, admitted: bool = True
 ) -> dict[str, bytes]:
-    """Payload fields for latents: by value where they are small, else by reference.
+    """Payload fields for latents.
 
     Args:
         admitted: for admitted work, which goes on when the store is full; previews do not.
     """
-    data = codec.encode(latents)
-    if len(data) <= MAX_INLINE_BYTES:
-        return {LATENTS: data}
-    return {LATENTS_BLOB: (await transport.put_blob(data, keep_s=keep_s, admitted=admitted)).encode()}
+    return await _pack(transport, LATENTS, codec.encode(latents), keep_s=keep_s, admitted=admitted)
 
 
 async def unpack_latents(transport: Transport, payload: Payload) -> np.ndarray | None:
@@ -93,13 +94,57 @@ async def unpack_latents(transport: Transport, payload: Payload) -> np.ndarray |
     Raises:
         ValueError: the payload has none, or broken ones.
     """
-    if LATENTS in payload:
-        return codec.decode(payload[LATENTS], field=LATENTS)
-    sha256 = reference(payload, LATENTS_BLOB)
-    if sha256 is None:
-        raise ValueError(f"neither {LATENTS} nor {LATENTS_BLOB} is there")
-    data = await transport.get_blob(sha256)
-    return None if data is None else codec.decode(data, field=LATENTS_BLOB)
+    if LATENTS not in payload and LATENTS + BLOB not in payload:
+        raise ValueError(f"neither {LATENTS} nor {LATENTS}{BLOB} is there")
+    data = await _unpack(transport, LATENTS, payload)
+    return None if data is None else codec.decode(data, field=LATENTS)
+
+
+async def pack_state(transport: Transport, state: SlotState, *, keep_s: float) -> dict[str, bytes]:
+    """Payload fields for an unfinished image."""
+    data = codec.encode_tensors({"latents": state.latents, "velocity": state.velocity})
+    fields = await _pack(transport, STATE, data, keep_s=keep_s)
+    return {**fields, DONE: f"{state.ops_done}/{state.ops}".encode()}
+
+
+async def unpack_state(transport: Transport, payload: Payload, *, shape: tuple[int, int, int]) -> SlotState | None:
+    """The state of `pack_state`; None where there is none, or where its blob is gone.
+
+    Raises:
+        ValueError: it is broken.
+    """
+    data = await _unpack(transport, STATE, payload)
+    if data is None:
+        return None
+    done = _PROGRESS.fullmatch(payload.get(DONE, b""))
+    if done is None or not int(done[1]) < int(done[2]):
+        raise ValueError(f"{DONE}: got {payload.get(DONE, b'')[:80]!r}; allowed: evaluations done and all, such as 3/8")
+    tensors = codec.decode_tensors(data, field=STATE, finite=True)
+    for name in ("latents", "velocity"):
+        if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != np.float32:
+            raise ValueError(f"{STATE}: {name} is missing, or not float32 {shape}")
+    return SlotState(tensors["latents"], tensors["velocity"], int(done[1]), int(done[2]))
+
+
+def without_state(payload: Payload) -> dict[str, bytes]:
+    """The other fields."""
+    return {name: value for name, value in payload.items() if name not in (STATE, STATE + BLOB, DONE)}
+
+
+async def _pack(
+    transport: Transport, name: str, data: bytes, *, keep_s: float, admitted: bool = True
+) -> dict[str, bytes]:
+    """By value where it is small, else by reference."""
+    if len(data) <= MAX_INLINE_BYTES:
+        return {name: data}
+    return {name + BLOB: (await transport.put_blob(data, keep_s=keep_s, admitted=admitted)).encode()}
+
+
+async def _unpack(transport: Transport, name: str, payload: Payload) -> bytes | None:
+    if name in payload:
+        return payload[name]
+    sha256 = reference(payload, name + BLOB)
+    return None if sha256 is None else await transport.get_blob(sha256)
 
 
 def carried(entry: Entry, timings: types_pb2.Timings) -> dict[str, bytes]:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from streamflow.config import StageSettings
@@ -42,6 +43,7 @@ class StageService(Generic[S, H]):
         handler: what works on stream entries.
         servicer: the gRPC surface.
         background: runs beside the worker until the process stops.
+        suspend: see StageWorker; None = what is unfinished when the grace period ends begins anew elsewhere.
     """
 
     stage: Stage
@@ -49,6 +51,7 @@ class StageService(Generic[S, H]):
     handler: Callable[[S, Transport, StageSettings], H]
     servicer: Callable[[S, StageControl], Service]
     background: Callable[[H, StageWorker], Coroutine[None, None, None]] | None = None
+    suspend: Callable[[H], None] | None = None
 
 
 def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
@@ -88,7 +91,13 @@ async def serve(
         await resources.enter_async_context(stage)
         handler = service.handler(stage, transport, settings)
         control = StageControl(
-            service.stage, hosted=stage, handler=handler, transport=transport, settings=settings, device=device
+            service.stage,
+            hosted=stage,
+            handler=handler,
+            transport=transport,
+            settings=settings,
+            device=device,
+            suspend=None if service.suspend is None else partial(service.suspend, handler),
         )
         server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
         await resources.enter_async_context(server)
@@ -126,6 +135,7 @@ async def _keep_ready(server: RpcServer, control: StageControl, transport: Trans
 def _ending(control: StageControl) -> Callable[[float], Coroutine[None, None, None]]:
     async def end(grace_s: float) -> None:
         report = await control.drain(grace_s)
-        _log.info("drained", finished=report.finished, handed_back=report.handed_back)
+        counters = dict(control.info().counters)
+        _log.info("drained", finished=report.finished, handed_back=report.handed_back, counters=counters)
 
     return end

@@ -25,9 +25,12 @@ from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler, sampler_steps
 from streamflow.stages.runner import EngineRunner, TickRecord
+from streamflow.telemetry import get_logger
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
 
 DEFAULT_SLOTS = 16
+
+_log = get_logger(__name__)
 
 OnProgress = Callable[[int, int], None]
 """Called with (step, steps) after each network evaluation."""
@@ -193,12 +196,17 @@ class DenoiserStage:
         Raises:
             InvalidRequestError: the job cannot be run.
             GenerationError: the network failed or the latents are not finite.
+            SuspendedError: see `suspend`.
         """
         progress = (lambda event: on_progress(event.step, event.steps)) if on_progress else None
         preview = (lambda event: on_preview(event.step, event.latents)) if on_preview else None
         image = self.image(job, handle=next(self._handles))
         with self._changeable(key, image.handle, job):
             return await self._entered.run(image, on_progress=progress, on_preview=preview)
+
+    def suspend(self) -> None:
+        """Ends every `denoise` after the current tick with SuspendedError, and takes no more."""
+        self._entered.suspend()
 
     async def change(self, key: Hashable, change: JobChange) -> None:
         """Changes a job that is under way; it goes on from the step where it is.
@@ -232,6 +240,11 @@ class DenoiserStage:
         if job.mask is not None and job.init_latents is None:
             raise InvalidRequestError("mask", "a mask without init latents", "a mask together with an init image")
         noise = initial_noise(job.seed, shape) if job.noise is None else _tensor("noise", job.noise, shape)
+        resume = job.resume
+        if resume is not None and resume.ops != len(program):
+            # It comes from a denoiser of another version.
+            _log.warning("begun anew: the sampler has other steps here", ops=len(program), left_with=resume.ops)
+            resume = None
         return Image(
             handle=handle,
             program=program,
@@ -241,6 +254,7 @@ class DenoiserStage:
             mask=None if job.mask is None else _tensor("mask", job.mask, shape[1:]),
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
+            resume=resume,
         )
 
     def _program(self, job: DenoiseJob, shape: tuple[int, int, int], resume_at: int) -> Program:
@@ -285,6 +299,7 @@ def _changed(job: DenoiseJob, change: JobChange) -> DenoiseJob:
         conditioning={**job.conditioning, **(change.conditioning or {})},
         guidance=change.guidance or job.guidance,
         strength=job.strength if change.strength is None else change.strength,
+        resume=None,
     )
 
 

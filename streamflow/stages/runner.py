@@ -17,8 +17,19 @@ from streamflow.batching.engine import Engine, Preview, Progress, TickReport
 from streamflow.batching.slots import Image
 from streamflow.errors import NotFoundError, StreamFlowError, UnavailableError
 from streamflow.flow.programs import Op
+from streamflow.types import SlotState
 
 KEPT_TICKS = 4096
+
+_LEAVING = "this denoiser is shutting down; call another replica"
+
+
+class SuspendedError(UnavailableError):
+    """The image was taken out of its slot unfinished; with `state` as its `resume` another denoiser goes on."""
+
+    def __init__(self, state: SlotState) -> None:
+        super().__init__(_LEAVING)
+        self.state = state
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +59,23 @@ class EngineRunner:
 
     Attributes:
         ticks: the last records, newest last.
-        counters: monotonic counts: ticks, mixed ticks (several timesteps at once), rows, padded rows, images, failures.
+        counters: monotonic counts: ticks, mixed ticks (several timesteps at once), network evaluations over all images,
+            rows, padded rows, images, failures.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.ticks: deque[TickRecord] = deque(maxlen=KEPT_TICKS)
         self.counters = dict.fromkeys(
-            ("ticks_total", "mixed_ticks_total", "rows_total", "padded_rows_total", "images_total", "failed_total"), 0
+            (
+                "ticks_total",
+                "mixed_ticks_total",
+                "evaluations_total",
+                "rows_total",
+                "padded_rows_total",
+                "images_total",
+                "failed_total",
+            ),
+            0,
         )
         self._engine = engine
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -63,6 +84,7 @@ class EngineRunner:
         self._slots = asyncio.Semaphore(engine.capacity)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._error: BaseException | None = None
+        self._suspended = False
         self._ended = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -106,7 +128,8 @@ class EngineRunner:
 
         Raises:
             GenerationError: the network failed or the latents are not finite.
-            UnavailableError: the engine's thread has ended.
+            SuspendedError: `suspend` was called.
+            UnavailableError: so it was before this image had a slot, or the engine's thread has ended.
         """
         watcher = _Watcher(self._loop.create_future(), on_progress, on_preview)
         if image.handle in self._watchers:
@@ -121,6 +144,8 @@ class EngineRunner:
     async def _run_in_slot(self, image: Image, watcher: _Watcher) -> np.ndarray:
         if self._error is not None:
             raise UnavailableError("the denoiser's engine has ended; restart the denoiser") from self._error
+        if self._suspended:
+            raise UnavailableError(_LEAVING)
         self._inbox.put(lambda: self._admit(image))
         try:
             return await watcher.latents
@@ -128,6 +153,11 @@ class EngineRunner:
             # Whoever gets the slot next is admitted behind this command.
             self._inbox.put(lambda: self._engine.cancel(image.handle))
             raise
+
+    def suspend(self) -> None:
+        """Ends every image after the current tick with SuspendedError, and takes no more."""
+        self._suspended = True
+        self._inbox.put(lambda: self._tell(self._suspend, self._engine.suspend()))
 
     async def change(self, handle: Hashable, make: Callable[[Op], Image], *, restart: bool) -> None:
         """Exchanges an image between two ticks; see Engine.change.
@@ -218,10 +248,15 @@ class EngineRunner:
         self.ticks.append(TickRecord(tuple(report.timesteps), report.rows, report.padded_rows, seconds))
         self.counters["ticks_total"] += 1
         self.counters["mixed_ticks_total"] += len(set(report.timesteps)) > 1
+        self.counters["evaluations_total"] += len(report.timesteps)
         self.counters["rows_total"] += report.rows
         self.counters["padded_rows_total"] += report.padded_rows
         self.counters["images_total"] += len(report.retired)
         self.counters["failed_total"] += len(report.failed)
+
+    def _suspend(self, states: dict[Hashable, SlotState]) -> None:
+        for handle, state in states.items():
+            self._fail(handle, SuspendedError(state))
 
     def _fail(self, handle: Hashable, error: StreamFlowError | Exception) -> None:
         watcher = self._watchers.get(handle)

@@ -18,6 +18,8 @@ from streamflow.types import Failure, JobState, Stage, WorkerInfo
 log = logging.getLogger(__name__)
 
 _BLOCK_S = 1.0
+# Less than what the gRPC server and the supervisors leave after the grace period.
+_SUSPEND_S = 1.5
 _TRANSIENT = (UnavailableError, BusyError)
 
 
@@ -135,6 +137,8 @@ class StageWorker:
         capacity: entries to hold at once.
         progress_timeout_s: a handler that reports no progress for so long is stopped, and its attempt counted.
         register_every_s: the registry's lease is three times this.
+        suspend: called when a drain's grace period ends: the handlers shall return at once, with outcomes from which
+            others can go on. What they leave undone is handed back as it was.
     """
 
     def __init__(
@@ -147,6 +151,7 @@ class StageWorker:
         capacity: int,
         progress_timeout_s: float = 60.0,
         register_every_s: float = 5.0,
+        suspend: Callable[[], None] | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: got {capacity}; allowed: 1 or more")
@@ -158,6 +163,7 @@ class StageWorker:
         self._capacity = capacity
         self._progress_timeout_s = progress_timeout_s
         self._register_every_s = register_every_s
+        self._suspend = suspend
         self._in_hand: dict[str, tuple[EntryContext, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
         self._draining = asyncio.Event()
@@ -300,6 +306,9 @@ class StageWorker:
         match outcome:
             case Advance(to, payload, warnings):
                 in_time = await self._transport.advance(entry, to, payload, warnings=warnings)
+                if to is self._stage:
+                    self.counters["handed_back_total"] += in_time
+                    return
             case Finish(result):
                 in_time = await self._transport.finish(entry, result)
             case _End(state, failure):
@@ -351,10 +360,17 @@ class StageWorker:
                     await self._draining.wait()
 
     async def _wait_for_the_rest(self) -> None:
-        while self._in_hand and asyncio.get_running_loop().time() < self._leave_at:
+        await self._wait_until_empty(lambda: self._leave_at)
+        if self._in_hand and self._suspend is not None:
+            self._suspend()
+            until = asyncio.get_running_loop().time() + _SUSPEND_S
+            await self._wait_until_empty(lambda: until)
+
+    async def _wait_until_empty(self, until: Callable[[], float]) -> None:
+        while self._in_hand and asyncio.get_running_loop().time() < until():
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(self._leave_at):
+                async with asyncio.timeout_at(until()):
                     await self._changed.wait()
 
     async def _leave(self) -> None:

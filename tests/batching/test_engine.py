@@ -21,6 +21,7 @@ from streamflow.flow.noise import drawn_noise, initial_noise
 from streamflow.flow.programs import Op, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler
 from streamflow.flow.spec import FlowSpec, RefinerSpec
+from streamflow.types import SlotState
 from tests.flow.reference import run_program
 
 SHAPE = (2, 3, 3)
@@ -343,6 +344,29 @@ def test_cancel_frees_the_slot_at_once_and_disturbs_nobody() -> None:
     torch.testing.assert_close(done[1].double(), alone(image(1, steps=4)), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("ticks", [1, 3])
+@pytest.mark.parametrize(("sampler", "steps"), SAMPLERS)
+def test_another_engine_goes_on_where_one_was_suspended(sampler: str, steps: int | None, ticks: int) -> None:
+    case = (sampler, steps), 2.0, None, True
+    whole = drive(Engine(networks(), capacity=2), [mixed(0, case)])[0]
+    engine = Engine(networks(), capacity=2)
+    engine.admit(mixed(0, case))
+    for _ in range(ticks):
+        engine.tick()
+    if not len(engine):
+        return  # it is that short
+    states = engine.suspend()
+    engine.check_integrity()
+    assert len(engine) == 0
+    rest = Engine(networks(), capacity=2)
+    # In a row that somebody else has left.
+    drive(rest, [image(7, bias=9.0)])
+    rest.admit(replace(mixed(0, case), resume=states[0]))
+    reports = [rest.tick() for _ in range(len(mixed(0, case).program) - ticks)]
+    assert torch.equal(torch.from_numpy(reports[-1].retired[0]), whole)
+    assert [report.progress[0].step for report in reports] == list(range(ticks + 1, ticks + len(reports) + 1))
+
+
 def test_previews_come_after_whole_steps_and_not_at_the_end() -> None:
     for sampler, expected in (("euler", [2, 4]), ("heun", [4, 8]), ("pseudo", [3, 5])):
         engine = Engine(networks(), capacity=1)
@@ -372,6 +396,9 @@ def test_admission_refuses_what_cannot_run() -> None:
         engine.admit(image(0, sampler="H1R1", steps=None))
     with pytest.raises(ValueError, match="negative"):
         engine.admit(image(0, guidance=2.0, conditioning={Role.TARGET: {"bias": torch.tensor([0.0])}}))
+    for place in (SlotState(np.zeros(SHAPE), np.zeros(SHAPE), 3, 3), SlotState(np.zeros(SHAPE), np.zeros(SHAPE), 1, 4)):
+        with pytest.raises(ValueError, match="cannot go on"):
+            engine.admit(image(0, steps=3, resume=place))
     engine.admit(image(0))
     with pytest.raises(ValueError, match="in use"):
         engine.admit(image(1))

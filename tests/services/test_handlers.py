@@ -14,7 +14,7 @@ from PIL import Image
 from services.decoder.handler import DecodeHandler
 from services.denoiser.handler import DenoiseHandler
 from services.encoder.handler import EncodeHandler
-from streamflow.errors import GenerationError
+from streamflow.errors import GenerationError, UnavailableError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Role
 from streamflow.host import handoff
@@ -23,9 +23,9 @@ from streamflow.stages.imaging import decode_rgb, encode_image
 from streamflow.transport import codec
 from streamflow.transport.base import ImageRef, NewJob, PreviewTask
 from streamflow.transport.worker import Advance, Finish
-from streamflow.types import DecoderKind, DenoiseJob, EncodeJob, ImageFormat, JobState, Stage
+from streamflow.types import DecoderKind, DenoiseJob, EncodeJob, ImageFormat, JobState, SlotState, Stage
 from streamflow.v1 import gateway_pb2, types_pb2
-from tests.services.conftest import Rig, Stages
+from tests.services.conftest import WORKER, Rig, Stages
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -161,7 +161,7 @@ async def test_an_image_whose_tensors_are_gone_every_time_ends_with_an_error(rig
 
 
 async def test_missing_latents_send_the_image_back(rig: Rig) -> None:
-    entry = await rig.forge(Stage.DECODE, {handoff.LATENTS_BLOB: b"0" * 64})
+    entry = await rig.forge(Stage.DECODE, {handoff.LATENTS + handoff.BLOB: b"0" * 64})
     outcome = await rig.handle(entry)
     assert isinstance(outcome, Advance)
     assert outcome.to is Stage.ENCODE
@@ -170,8 +170,8 @@ async def test_missing_latents_send_the_image_back(rig: Rig) -> None:
 async def test_large_latents_travel_by_reference(rig: Rig) -> None:
     latents = np.random.default_rng(0).standard_normal((4, 160, 160), np.float32)
     payload = await handoff.pack_latents(rig.transport, latents, keep_s=60)
-    assert set(payload) == {handoff.LATENTS_BLOB}
-    assert len(payload[handoff.LATENTS_BLOB]) == 64
+    assert set(payload) == {handoff.LATENTS + handoff.BLOB}
+    assert len(payload[handoff.LATENTS + handoff.BLOB]) == 64
     unpacked = await handoff.unpack_latents(rig.transport, payload)
     assert unpacked is not None
     assert np.array_equal(unpacked, latents)
@@ -235,6 +235,59 @@ async def test_cancelling_the_handler_frees_the_slot(rig: Rig, stages: Stages) -
     with pytest.raises(asyncio.CancelledError):
         await working
     assert denoiser.slots_in_use == 0
+
+
+@pytest.mark.parametrize("inline_bytes", [handoff.MAX_INLINE_BYTES, 100])
+async def test_another_denoiser_goes_on_where_one_was_suspended(
+    rig: Rig, stages: Stages, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
+) -> None:
+    monkeypatch.setattr(handoff, "MAX_INLINE_BYTES", inline_bytes)
+    spec = rig.spec(steps=60, sampler="pseudo", guidance_scale=2.0, negative_prompt="no")
+    await rig.admit(spec, name="whole")
+    whole = await through(rig)
+    await rig.admit(spec)
+    await rig.step(Stage.ENCODE)
+    counters = []
+    async with DenoiserStage(stages.denoiser._denoiser, slots=2) as leaving:
+        handler = rig.handlers[Stage.DENOISE] = DenoiseHandler(leaving, rig.transport)
+        working = asyncio.create_task(rig.step(Stage.DENOISE))
+        while not leaving.counters["ticks_total"]:  # noqa: ASYNC110 the engine's counters have no event
+            await asyncio.sleep(0.001)
+        handler.suspend()
+        outcome = await working
+        assert isinstance(outcome, Advance)
+        assert outcome.to is Stage.DENOISE
+        with pytest.raises(UnavailableError, match="another replica"):
+            await rig.handle(replace(await rig.next(Stage.DENOISE), id="late"))
+        counters.append(leaving.counters)
+        await rig.transport.hand_back(Stage.DENOISE, WORKER, None, count_attempt=False)
+    async with DenoiserStage(stages.denoiser._denoiser, slots=2) as next_one:
+        rig.handlers[Stage.DENOISE] = DenoiseHandler(next_one, rig.transport)
+        outcome = await rig.step(Stage.DENOISE)
+        assert isinstance(outcome, Advance)
+        assert outcome.to is Stage.DECODE
+        assert not {handoff.STATE, handoff.STATE + handoff.BLOB, handoff.DONE} & outcome.payload.keys()
+        counters.append(next_one.counters)
+    assert 0 < counters[0]["evaluations_total"] < 61
+    # A pseudo corrector of 60 steps takes 61 evaluations.
+    assert sum(one["evaluations_total"] for one in counters) == 61
+    finished = await rig.step(Stage.DECODE)
+    assert isinstance(finished, Finish)
+    assert isinstance(finished.result, bytes)
+    assert types_pb2.StoredImage.FromString(finished.result).data == whole.data
+
+
+async def test_what_another_version_left_is_begun_anew(rig: Rig) -> None:
+    await rig.admit(rig.spec())
+    await rig.step(Stage.ENCODE)
+    entry = await rig.next(Stage.DENOISE)
+    expected = await rig.handle(entry)
+    zeros = np.zeros(handoff.latent_shape(rig.card, width=64, height=64), np.float32)
+    state = await handoff.pack_state(rig.transport, SlotState(zeros, zeros, 1, 9), keep_s=9)
+    again = await rig.handle(replace(entry, payload={**entry.payload, **state}))
+    assert isinstance(expected, Advance)
+    assert isinstance(again, Advance)
+    assert again.payload[handoff.LATENTS] == expected.payload[handoff.LATENTS]
 
 
 async def test_output_options_reach_the_file_and_metadata_holds_no_prompt(rig: Rig) -> None:

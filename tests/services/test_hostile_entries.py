@@ -95,6 +95,28 @@ async def test_denoiser_fails_the_image_alone(rig: Rig, data: bytes) -> None:
         await rig.handle(entry)
 
 
+STATE = {"latents": GOOD, "velocity": GOOD}
+STATES = {
+    "random": {"state": b"\xff" * 64, "done": b"1/2"},
+    "nothing done": {"state": codec.encode_tensors(STATE)},
+    "all done": {"state": codec.encode_tensors(STATE), "done": b"2/2"},
+    "no numbers": {"state": codec.encode_tensors(STATE), "done": b"-1/2"},
+    "huge numbers": {"state": codec.encode_tensors(STATE), "done": b"1/" + b"9" * 5000},
+    "no velocity": {"state": codec.encode_tensors({"latents": GOOD}), "done": b"1/2"},
+    "another shape": {"state": codec.encode_tensors({**STATE, "velocity": GOOD[:, :8]}), "done": b"1/2"},
+    "another type": {"state": codec.encode_tensors({**STATE, "latents": GOOD.astype(np.float16)}), "done": b"1/2"},
+    "NaN": {"state": codec.encode_tensors({**STATE, "latents": GOOD * np.nan}), "done": b"1/2"},
+    "reference that is none": {"state_blob": b"../../etc/passwd", "done": b"1/2"},
+}
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES.keys())
+async def test_denoiser_refuses_states_that_are_none(rig: Rig, state: dict[str, bytes]) -> None:
+    entry = await rig.forge(Stage.DENOISE, {"text0": await cached(rig, conditioning(prompt_embeds=EMBEDS)), **state})
+    with pytest.raises(GenerationError, match="malformed"):
+        await rig.handle(entry)
+
+
 @pytest.mark.parametrize("payload", [{}, {"text0": b""}, {"text0": b"\xff" * 64}, {"text0": b"C" * 64}])
 async def test_denoiser_refuses_references_that_are_none(rig: Rig, payload: dict[str, bytes]) -> None:
     entry = await rig.forge(Stage.DENOISE, payload)

@@ -424,6 +424,30 @@ async def test_a_drain_hands_back_what_takes_too_long(world, eventually):
     assert [entry.attempt for entry in entries] == [1, 1, 1]
 
 
+async def test_at_the_end_of_a_drain_handlers_may_hand_over_what_they_have(world, eventually):
+    """What is handed over is a new entry of the same stage, which holds how far it is."""
+    transport = world.open(policy=STEADY)
+    leaving, begun = asyncio.Event(), []
+
+    async def handle(context: EntryContext) -> Outcome:
+        begun.append(context.entry.ref.index)
+        if context.entry.ref.index == 2:
+            await asyncio.Event().wait()  # does not listen
+        await leaving.wait()
+        return Advance(Stage.ENCODE, {"done": b"half"})
+
+    worker = make_worker(world.open(policy=STEADY), handle, suspend=leaving.set)
+    async with running(worker) as run:
+        await transport.admit(new_job(num_images=3))
+        await eventually(lambda: asyncio.sleep(0, len(begun) == 3))
+        report = await worker.drain(0.05)
+        await run
+    assert (report.finished, report.handed_back) == (0, 3)
+    entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
+    found = {entry.ref.index: (entry.attempt, dict(entry.payload)) for entry in entries}
+    assert found == {0: (1, {"done": b"half"}), 1: (1, {"done": b"half"}), 2: (1, {})}
+
+
 async def test_a_cancelled_worker_leaves_nothing_in_its_name(world, eventually):
     transport = world.open(policy=STEADY)
     hold = Hold()
