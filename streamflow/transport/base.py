@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
@@ -64,6 +65,7 @@ class NewJob:
         spec: opaque bytes for the stages (a JobSpec message).
         timeout_s: from now to the deadline.
         priority: -1 low, 0 normal, 1 high.
+        work: what each image costs, in units of the deployment's choice; estimates and fairness go by it.
         reserved_bytes: what its results may take.
         watch_lease_s: the job is cancelled when nobody has watched it for so long; None = detached.
     """
@@ -75,6 +77,7 @@ class NewJob:
     tenant: str = ""
     timeout_s: float = 600.0
     priority: int = 0
+    work: float = 1.0
     reserved_bytes: int = 0
     watch_lease_s: float | None = None
     traceparent: str = ""
@@ -82,6 +85,8 @@ class NewJob:
     def __post_init__(self) -> None:
         if self.num_images < 1:
             raise ValueError(f"num_images: got {self.num_images}; allowed: 1 or more")
+        if not 1e-3 <= self.work < inf:
+            raise ValueError(f"work: got {self.work}; allowed: 0.001 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,10 @@ class JobPlace:
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as it stands; `images[k]` is waiting, encode, denoise, decode, done, error, cancelled or deadline."""
+    """A job as it stands; `images[k]` is waiting, encode, denoise, decode, done, error, cancelled or deadline.
+
+    `estimate_s` is how long it was expected to take when it was admitted; None = nothing had been measured.
+    """
 
     id: str
     state: JobState
@@ -115,6 +123,7 @@ class JobView:
     finished_at_s: float | None = None
     failure: Failure | None = None
     warnings: tuple[str, ...] = ()
+    estimate_s: float | None = None
 
     @property
     def place(self) -> JobPlace:
@@ -129,7 +138,7 @@ class JobView:
 class QueuePosition:
     """Images of all jobs that will be released before this job's first waiting one; None = nothing waits.
 
-    `estimate_s` is how long that may take at the measured rate; None while there is none.
+    `estimate_s` is how long the job may take from now on, as measured on others; None while there is nothing to go by.
     """
 
     ahead: int | None
@@ -146,10 +155,32 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Caps that ADMIT enforces; beyond them it raises BusyError."""
+    """Caps that ADMIT enforces; beyond them it raises BusyError.
+
+    Attributes:
+        max_jobs, max_tenant_jobs: unfinished at once, over all and of one tenant; None = no limit of its own.
+        max_reserved_bytes: what all results may take.
+        tenant_images_per_minute: of one tenant; a minute's worth may come at once. 0 = any number.
+    """
 
     max_jobs: int = 1000
+    max_tenant_jobs: int | None = None
     max_reserved_bytes: int = 512 * 2**20
+    tenant_images_per_minute: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """An image that was given up: which, where, after how many attempts and why; `spec` is its job's."""
+
+    id: str
+    ref: ImageRef
+    service: str
+    attempts: int
+    reason: str
+    at_s: float
+    tenant: str
+    spec: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +210,8 @@ class Transport(Protocol):
 
         Raises:
             AlreadyExistsError: the id is there with another digest.
-            BusyError: over `Limits`, or the store is full.
+            BusyError: over `Limits`, what waits would not let it end in time, or the store is full.
+            DeadlineError: it would not end in time even if nothing waited.
             UnavailableError: the store cannot be reached.
         """
         ...
@@ -228,6 +260,12 @@ class Transport(Protocol):
         """Ends jobs past their deadline or watch lease, frees expired results; returns how many it touched."""
         ...
 
+    async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:
+        """What was given up of a tenant's, newest first, as long as it is kept."""
+        ...
+
+    async def remove_dead_letter(self, letter_id: str) -> None: ...
+
     # -- workers -----------------------------------------------------------------------------------------------------
 
     async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
@@ -235,6 +273,13 @@ class Transport(Protocol):
 
         Entries of terminal images and entries delivered too often never come back from here: they are acknowledged,
         the latter after FINISH(ERROR) and a note in `dead`.
+        """
+        ...
+
+    def ended_jobs(self) -> AbstractAsyncContextManager[AsyncIterator[str | None]]:
+        """Ids of jobs that end while their images are being worked on, and None about every second. Lossy.
+
+        A heartbeat says which entries that concerns.
         """
         ...
 

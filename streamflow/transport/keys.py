@@ -10,7 +10,7 @@ import re
 from streamflow.types import Stage
 
 # What every script gets as KEYS, in the order in which scripts/common.lua names them.
-_SHARED = ("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead")
+_SHARED = ("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead", "tenants")
 
 
 class Keys:
@@ -53,6 +53,11 @@ class Keys:
 
     def cached(self, key: str) -> str:
         return f"{self.prefix}cached:{key}"
+
+    @property
+    def ended_jobs(self) -> str:
+        """Where jobs are told of that end while they are being worked on."""
+        return f"{self.prefix}ended_jobs"
 
     @property
     def preview(self) -> str:

@@ -17,6 +17,7 @@ from math import inf
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
 from streamflow.transport.base import (
     Admission,
+    DeadLetter,
     Entry,
     Heartbeat,
     ImageRef,
@@ -31,9 +32,11 @@ from streamflow.transport.base import (
 from streamflow.transport.events import Mailboxes, follow
 from streamflow.transport.memory_jobs import WAITING, Job, State, StreamEntry
 from streamflow.transport.policy import Policy
+from streamflow.transport.refusals import busy, too_late
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 _NOBODY = "nobody"
+_ENDED = "\0ended"  # no job's id
 _MAX_BLOCK_S = 2.0
 
 
@@ -51,7 +54,7 @@ class MemoryTransport:
         self._policy = policy or Policy()
         self._clock = clock
         self._boxes = Mailboxes()
-        self._state = State(self._policy, clock, wake=self._wake)
+        self._state = State(self._policy, clock, wake=self._wake, ended=self._tell_ended)
         self._changed = asyncio.Event()
         self._kept: dict[str, tuple[bytes, float]] = {}
         self._previews: deque[PreviewTask] = deque(maxlen=self._policy.max_previews)
@@ -74,13 +77,15 @@ class MemoryTransport:
             return Admission(True, known.admitted_at_s, known.deadline_at_s)
         self._refuse_over_limits(job)
         now_s = self._clock()
+        ranks, clock_s = self._ranks(job, now_s)
+        estimate_s = self._refuse_late(job, ranks[0], now_s)
         deadline_at_s = now_s + job.timeout_s
         watch_until_s = None if job.watch_lease_s is None else now_s + job.watch_lease_s
-        admitted = Job(job, now_s, deadline_at_s, watch_until_s, [WAITING] * job.num_images)
+        admitted = Job(job, now_s, deadline_at_s, watch_until_s, [WAITING] * job.num_images, estimate_s=estimate_s)
         self._state.jobs[job.id] = admitted
         insort(self._state.listed[job.tenant], admitted.place)
-        rank = min(now_s - self._policy.priority_weight_s * job.priority, deadline_at_s - self._policy.urgent_s)
-        self._state.waiting.update({ImageRef(job.id, index): rank for index in range(job.num_images)})
+        self._state.clocks[job.tenant] = clock_s
+        self._state.waiting.update({ImageRef(job.id, index): rank for index, rank in enumerate(ranks)})
         self._state.release()
         return Admission(False, now_s, deadline_at_s)
 
@@ -119,11 +124,12 @@ class MemoryTransport:
             job.watch_until_s = self._clock() + job.new.watch_lease_s
 
     async def queue_position(self, job_id: str) -> QueuePosition:
-        places = self._job(job_id).places
-        if WAITING not in places:
+        job = self._job(job_id)
+        if WAITING not in job.places:
             return QueuePosition(None)
-        ahead = self._state.queue().index(ImageRef(job_id, places.index(WAITING)))
-        return QueuePosition(ahead, None if self._state.gap_s is None else (ahead + 1) * self._state.gap_s)
+        ahead = self._state.queue().index(ImageRef(job_id, job.places.index(WAITING)))
+        work = self._state.work_before(ahead)
+        return QueuePosition(ahead, self._state.estimate_s(work, job.new.work, len(job.live())))
 
     @asynccontextmanager
     async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
@@ -143,6 +149,12 @@ class MemoryTransport:
         self._state.release()
         return touched + self._reap_expired(now_s)
 
+    async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:
+        return [letter for letter in reversed(self._state.dead) if letter.tenant == tenant][:count]
+
+    async def remove_dead_letter(self, letter_id: str) -> None:
+        self._state.dead = [letter for letter in self._state.dead if letter.id != letter_id]
+
     # -- workers -----------------------------------------------------------------------------------------------------
 
     async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
@@ -160,6 +172,11 @@ class MemoryTransport:
         except TimeoutError:
             return []
         return taken
+
+    @asynccontextmanager
+    async def ended_jobs(self) -> AsyncIterator[AsyncIterator[str | None]]:
+        with self._boxes.open(_ENDED) as queue:
+            yield (None if job_id is None else job_id.decode() async for job_id in follow(queue))
 
     async def spec(self, job_id: str) -> bytes:
         return self._job(job_id).new.spec
@@ -203,7 +220,11 @@ class MemoryTransport:
         ]
         for entry in mine:
             entry.owner, entry.delivered_at_s = _NOBODY, -inf
-            entry.deliveries -= 0 if count_attempt else 1
+            if count_attempt:
+                pause_s = self._policy.retry_s * 2 ** (entry.deliveries - 1)
+                entry.delivered_at_s = self._clock() - max(0.0, self._policy.lease_s - pause_s)
+            else:
+                entry.deliveries -= 1
         self._changed.set()
         return len(mine)
 
@@ -267,26 +288,64 @@ class MemoryTransport:
         self._boxes.put(job_id, b"")
         self._changed.set()
 
+    def _tell_ended(self, job_id: str) -> None:
+        self._boxes.put(_ENDED, job_id.encode())
+
     def _job(self, job_id: str) -> Job:
         if job_id not in self._state.jobs:
             raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
         return self._state.jobs[job_id]
 
     def _refuse_over_limits(self, job: NewJob) -> None:
-        if len(self._state.open_jobs()) >= self._limits.max_jobs:
+        open_jobs = self._state.open_jobs()
+        if len(open_jobs) >= self._limits.max_jobs:
             raise self._busy("jobs")
+        of_tenant = sum(known.new.tenant == job.tenant for known in open_jobs)
+        if self._limits.max_tenant_jobs is not None and of_tenant >= self._limits.max_tenant_jobs:
+            raise self._busy("tenant_jobs")
+        paced_s = self._paced(job)
         reserved_bytes = job.reserved_bytes // job.num_images * job.num_images
         delivered = [known for known in self._state.jobs.values() if known.delivered]
         while self._state.reserved_bytes() + reserved_bytes > self._limits.max_reserved_bytes:
             if not delivered:
                 raise self._busy("bytes")
             delivered.pop(0).results.clear()
+        self._state.paced[job.tenant] = paced_s
 
-    def _busy(self, what: str) -> BusyError:
-        queued = len(self._state.waiting) + self._state.under_way()
-        retry_after_s = min(60.0, max(1.0, (self._state.gap_s or 0.0) * queued))
-        message = f"too many {what} are under way; try again in {retry_after_s:.0f} s"
-        return BusyError(message, retry_after_s=retry_after_s)
+    def _paced(self, job: NewJob) -> float:
+        """Until when the tenant's images would have been made, evenly, at the rate that it may have."""
+        now_s, per_minute = self._clock(), self._limits.tenant_images_per_minute
+        paced_s = max(now_s, self._state.paced[job.tenant])
+        if per_minute:
+            paced_s += 60 * job.num_images / per_minute
+            if paced_s > now_s + 60:
+                raise busy("rate", retry_after_s=_retry_s(paced_s - now_s - 60))
+        return paced_s
+
+    def _ranks(self, job: NewJob, now_s: float) -> tuple[list[float], float]:
+        """Places of a job's images in the queue, and where that leaves its tenant's clock; see admit.lua."""
+        start_s = max(now_s, self._state.clocks[job.tenant] if self._state.waiting else 0.0)
+        slot_seconds = self._state.measured.slot_seconds(job.work)
+        each_s = job.work * self._policy.work_s if slot_seconds is None else slot_seconds / self._state.num_slots()
+        urgent_s = now_s + job.timeout_s - self._policy.urgent_s
+        early_s = self._policy.priority_weight_s * job.priority
+        ranks = [min(start_s + k * each_s - early_s, urgent_s + k * 1e-6) for k in range(job.num_images)]
+        return ranks, start_s + job.num_images * each_s
+
+    def _refuse_late(self, job: NewJob, rank: float, now_s: float) -> float | None:
+        before = sum(other <= rank for other in self._state.waiting.values())
+        expected_s = self._state.estimate_s(self._state.work_before(before), job.work, job.num_images)
+        fresh = now_s - self._state.measured.measured_at_s < self._policy.fresh_s
+        if expected_s is not None and fresh and expected_s > job.timeout_s:
+            alone_s = self._state.estimate_s(0.0, job.work, job.num_images) or 0.0
+            if alone_s > job.timeout_s:
+                raise too_late(alone_s, left_s=job.timeout_s)
+            raise busy("work", retry_after_s=_retry_s(expected_s - job.timeout_s))
+        return expected_s
+
+    def _busy(self, why: str) -> BusyError:
+        queue_s = self._state.estimate_s(self._state.work_before(len(self._state.waiting)), 0.0, 1) or 0.0
+        return busy(why, retry_after_s=_retry_s(queue_s))
 
     def _take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
         self._state.release()
@@ -342,3 +401,7 @@ class MemoryTransport:
         for name in gone:
             del self._kept[name]
         return len(expired) + len(buried) + len(gone)
+
+
+def _retry_s(seconds: float) -> float:
+    return min(60.0, max(1.0, seconds))

@@ -9,8 +9,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import inf
 
-from streamflow.transport.base import Entry, ImageRef, JobPlace, JobView, NewJob, Payload
+from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, NewJob, Payload
 from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
@@ -31,6 +32,8 @@ class Job:
     warnings: dict[str, None] = field(default_factory=dict)
     results: dict[int, bytes] = field(default_factory=dict)
     results_until_s: float | None = None
+    released_at_s: dict[int, float] = field(default_factory=dict)
+    estimate_s: float | None = None
 
     @property
     def reserved_bytes(self) -> int:
@@ -57,6 +60,7 @@ class Job:
             finished_at_s=self.finished_at_s,
             failure=self.failure,
             warnings=tuple(self.warnings),
+            estimate_s=self.estimate_s,
         )
 
 
@@ -73,21 +77,70 @@ class StreamEntry:
     deliveries: int = 0
 
 
-class State:
-    """Everything a deployment knows. `wake` is called with the id of each job that changed."""
+@dataclass(slots=True)
+class Measured:
+    """What estimates are made of, as sums in which an image counts less with every one that follows.
 
-    def __init__(self, policy: Policy, clock: Callable[[], float], wake: Callable[[str], None]) -> None:
+    Attributes:
+        n, w, t, ww, wt: of images: 1, work, time from release to end, and products.
+        busy, done: slot-seconds, and the work that they took, while every slot was in use.
+        last_done_s: end of the last image, or of the last time that nothing was under way.
+    """
+
+    memory: float
+    n: float = 0.0
+    w: float = 0.0
+    t: float = 0.0
+    ww: float = 0.0
+    wt: float = 0.0
+    busy: float = 0.0
+    done: float = 0.0
+    last_done_s: float = 0.0
+    measured_at_s: float = -inf
+
+    def add(self, work: float, time_s: float) -> None:
+        for name, term in (("n", 1.0), ("w", work), ("t", time_s), ("ww", work * work), ("wt", work * time_s)):
+            setattr(self, name, self.memory * getattr(self, name) + term)
+
+    def add_busy(self, work: float, slot_seconds: float) -> None:
+        self.busy, self.done = self.memory * self.busy + slot_seconds, self.memory * self.done + work
+
+    def slot_seconds(self, work: float) -> float | None:
+        return work * self.busy / self.done if self.done else None
+
+    def image_s(self, work: float) -> float | None:
+        """From its release to its end, on a line through the measured images."""
+        if not self.n:
+            return None
+        mean_w, mean_t = self.w / self.n, self.t / self.n
+        variance, covariance = self.ww / self.n - mean_w**2, self.wt / self.n - mean_w * mean_t
+        alike = variance <= 0.01 * mean_w**2 or covariance <= 0
+        return max(0.0, mean_t + (mean_t / mean_w if alike else covariance / variance) * (work - mean_w))
+
+
+class State:
+    """Everything a deployment knows.
+
+    Args:
+        wake: called with the id of each job that changed.
+        ended: called with the id of each job that ends while it is being worked on.
+    """
+
+    def __init__(
+        self, policy: Policy, clock: Callable[[], float], *, wake: Callable[[str], None], ended: Callable[[str], None]
+    ) -> None:
         self.policy = policy
         self.clock = clock
-        self.wake = wake
+        self.wake, self.ended = wake, ended
         self.jobs: dict[str, Job] = {}
         self.listed: defaultdict[str, list[JobPlace]] = defaultdict(list)
         self.waiting: dict[ImageRef, float] = {}
         self.streams: dict[Stage, dict[str, StreamEntry]] = {stage: {} for stage in Stage}
         self.workers: dict[str, tuple[WorkerInfo, float]] = {}
-        self.dead: list[tuple[ImageRef, str]] = []
-        self.gap_s: float | None = None
-        self._last_done_s = 0.0
+        self.dead: list[DeadLetter] = []
+        self.measured = Measured(policy.memory)
+        self.clocks: defaultdict[str, float] = defaultdict(float)
+        self.paced: defaultdict[str, float] = defaultdict(float)
         self._entry_ids = itertools.count(1)
 
     def queue(self) -> list[ImageRef]:
@@ -103,14 +156,28 @@ class State:
     def reserved_bytes(self) -> int:
         return sum(job.reserved_bytes for job in self.jobs.values())
 
-    def window(self) -> int:
+    def num_slots(self) -> float:
+        """Of the live denoisers; half of the least window while there are none."""
         now_s = self.clock()
         slots = sum(
             worker.slots
             for worker, lapses_s in self.workers.values()
             if worker.stage is Stage.DENOISE and not worker.draining and lapses_s > now_s
         )
-        return 2 * slots or self.policy.min_window
+        return slots or self.policy.min_window / 2
+
+    def estimate_s(self, ahead: float, work: float, images: int) -> float | None:
+        """How long the last of some images of one job will take, with so much work waiting before the first."""
+        image_s = self.measured.image_s(work)
+        if image_s is None:
+            return None
+        return (self.measured.slot_seconds(ahead + work * (images - 1)) or 0.0) / self.num_slots() + image_s
+
+    def work_before(self, rank: int) -> float:
+        """What images in the queue before this place cost, if all cost the same."""
+        if not self.waiting:
+            return 0.0
+        return sum(self.jobs[ref.job_id].new.work for ref in self.waiting) * rank / len(self.waiting)
 
     def is_at(self, entry: Entry | StreamEntry, stage: Stage) -> bool:
         job = self.jobs.get(entry.ref.job_id)
@@ -124,11 +191,12 @@ class State:
     def release(self) -> None:
         """Lets waiting images into the stages while fewer than a window are under way."""
         if not self.under_way():
-            self._last_done_s = self.clock()
-        for ref in self.queue()[: max(0, self.window() - self.under_way())]:
+            self.measured.last_done_s = self.clock()
+        for ref in self.queue()[: max(0, int(2 * self.num_slots()) - self.under_way())]:
             del self.waiting[ref]
             self.enqueue(ref, Stage.ENCODE, {})
-            self.jobs[ref.job_id].state = JobState.RUNNING
+            job = self.jobs[ref.job_id]
+            job.state, job.released_at_s[ref.index] = JobState.RUNNING, self.clock()
             self.wake(ref.job_id)
 
     def end_image(self, ref: ImageRef, state: str) -> None:
@@ -141,6 +209,8 @@ class State:
         places[ref.index] = state
 
     def end_job(self, job: Job, state: JobState, rest: str, failure: Failure | None) -> None:
+        if any(":" in place for place in job.places):
+            self.ended(job.new.id)
         for index in job.live():
             self.end_image(ImageRef(job.new.id, index), rest)
         job.state, job.failure, job.finished_at_s = state, failure, self.clock()
@@ -155,8 +225,8 @@ class State:
             self.end_job(job, JobState.ERROR, "cancelled", result)
             return
         job.results[ref.index] = result
+        self._measure(job, ref.index)
         self.end_image(ref, "done")
-        self._measure_rate()
         if not job.live():
             self.end_job(job, JobState.IMAGES, "cancelled", None)
         else:
@@ -165,7 +235,11 @@ class State:
 
     def give_up(self, entry: StreamEntry, stage: Stage) -> None:
         message = f"the {stage.service} did not finish this image in {entry.deliveries} attempts"
-        self.dead.append((entry.ref, message))
+        new, number = self.jobs[entry.ref.job_id].new, next(self._entry_ids)
+        letter = DeadLetter(
+            str(number), entry.ref, stage.service, entry.deliveries, message, self.clock(), new.tenant, new.spec
+        )
+        self.dead = [*self.dead, letter][-self.policy.max_dead :]
         self.finish_image(entry.ref, Failure("INTERNAL", message, stage.service))
 
     def claimable(self, stage: Stage, worker_id: str) -> Iterator[StreamEntry]:
@@ -177,7 +251,9 @@ class State:
             if still_there and entry.owner not in (None, worker_id) and entry.delivered_at_s <= lapsed_s:
                 yield entry
 
-    def _measure_rate(self) -> None:
-        gap_s = self.clock() - self._last_done_s
-        self._last_done_s = self.clock()
-        self.gap_s = gap_s if self.gap_s is None else 0.9 * self.gap_s + 0.1 * gap_s
+    def _measure(self, job: Job, index: int) -> None:
+        now_s, slots, work = self.clock(), self.num_slots(), job.new.work
+        self.measured.add(work, now_s - job.released_at_s.get(index, now_s))
+        if self.under_way() >= slots:
+            self.measured.add_busy(work, slots * (now_s - self.measured.last_done_s))
+        self.measured.last_done_s = self.measured.measured_at_s = now_s

@@ -21,6 +21,11 @@ class Policy:
             renew either (Redis was away, its clock jumped, the gateways restarted).
         dead_worker_s: how long a worker whose lease lapsed stays in the registry.
         dead_entries_s: how long what was given up can be looked at.
+        max_dead: of them; the oldest go first.
+        retry_s: pause before the attempt after one that failed; twice as long before the next one.
+        memory: what a measured image counts for after each further one.
+        fresh_s: estimates without a measurement for so long refuse nobody.
+        work_s: what one unit of work is taken to need before the first measurement.
         max_cached_bytes: of cached values; those that expire first go first.
         max_previews: in the preview stream.
     """
@@ -37,5 +42,10 @@ class Policy:
     reap_gap_s: float = 5.0
     dead_worker_s: float = 60.0
     dead_entries_s: float = 7 * 86400.0
+    max_dead: int = 1000
+    retry_s: float = 0.25
+    memory: float = 0.95
+    fresh_s: float = 60.0
+    work_s: float = 0.05
     max_cached_bytes: int = 128 * 2**20
     max_previews: int = 32

@@ -15,6 +15,7 @@ import redis.asyncio as redis
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
 from streamflow.transport.base import (
     Admission,
+    DeadLetter,
     Entry,
     Heartbeat,
     ImageRef,
@@ -30,7 +31,9 @@ from streamflow.transport.events import RedisEvents, follow
 from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
 from streamflow.transport.redis_client import Calls, connect, redis_errors
+from streamflow.transport.refusals import busy, too_late
 from streamflow.transport.replies import (
+    dead_letter_from,
     entry_from,
     job_from,
     payload_args,
@@ -108,19 +111,21 @@ class RedisTransport:
             job.tenant,
             job.timeout_s,
             job.priority,
-            job.reserved_bytes,
+            job.work,
+            job.reserved_bytes // job.num_images,
             "" if job.watch_lease_s is None else job.watch_lease_s,
             job.traceparent,
             self._limits.max_jobs,
+            self._limits.max_jobs if self._limits.max_tenant_jobs is None else self._limits.max_tenant_jobs,
             self._limits.max_reserved_bytes,
+            self._limits.tenant_images_per_minute,
         )
         if answer == b"exists":
             raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
         if answer == b"busy":
-            raise BusyError(
-                f"too many {details[1].decode()} are under way; try again in {float(details[0]):.0f} s",
-                retry_after_s=float(details[0]),
-            )
+            raise busy(details[1].decode(), retry_after_s=float(details[0]))
+        if answer == b"late":
+            raise too_late(float(details[1]), left_s=job.timeout_s)
         return Admission(answer == b"attached", *map(float, details))
 
     async def job(self, job_id: str) -> JobView:
@@ -166,14 +171,11 @@ class RedisTransport:
         await self._calls.script("watch", job_id)
 
     async def queue_position(self, job_id: str) -> QueuePosition:
-        view = await self.job(job_id)
-        if "waiting" not in view.images:
-            return QueuePosition(None)
-        first = ImageRef(job_id, view.images.index("waiting"))
-        ahead = await self._calls.command("ZRANK", self._keys.waiting, str(first))
-        gap_s = await self._calls.command("HGET", self._keys.meta, "gap")
-        estimate_s = None if ahead is None or gap_s is None else (ahead + 1) * float(gap_s)
-        return QueuePosition(ahead, estimate_s)
+        found = await self._calls.script("position", job_id)
+        if found is None:
+            raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
+        ahead, estimate_s = found
+        return QueuePosition(None if ahead < 0 else ahead, float(estimate_s) if estimate_s else None)
 
     @asynccontextmanager
     async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
@@ -183,6 +185,14 @@ class RedisTransport:
     async def reap(self) -> int:
         touched: int = await self._calls.script("reap", _REAP_AT_ONCE)
         return touched
+
+    async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:
+        entries = await self._calls.command("XREVRANGE", self._keys.dead, "+", "-", "COUNT", self._policy.max_dead)
+        letters = [letter for letter in map(dead_letter_from, entries) if letter is not None]
+        return [letter for letter in letters if letter.tenant == tenant][:count]
+
+    async def remove_dead_letter(self, letter_id: str) -> None:
+        await self._calls.command("XDEL", self._keys.dead, letter_id)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
@@ -197,6 +207,11 @@ class RedisTransport:
             entries, seen = await self._take(stage, worker_id, count, in_hand)
         in_hand.update((entry.id, entry) for entry in entries)
         return entries
+
+    @asynccontextmanager
+    async def ended_jobs(self) -> AsyncIterator[AsyncIterator[str | None]]:
+        async with self._events.listen(self._keys.ended_jobs) as queue:
+            yield (None if job_id is None else job_id.decode() async for job_id in follow(queue))
 
     async def spec(self, job_id: str) -> bytes:
         spec: bytes | None = await self._calls.command("HGET", self._keys.job(job_id), "spec")
@@ -299,7 +314,8 @@ class RedisTransport:
         seconds, microseconds = await self._calls.command("TIME")
         found = await self._calls.command("HVALS", self._keys.workers)
         now_s = int(seconds) + int(microseconds) / 1e6
-        return [worker for worker, lapses_s in map(worker_from, found) if lapses_s > now_s]
+        said = [known for known in map(worker_from, found) if known is not None]
+        return [worker for worker, lapses_s in said if lapses_s > now_s]
 
     async def backlog(self) -> dict[str, int]:
         waiting = await self._calls.command("ZCARD", self._keys.waiting)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streamflow.transport.base import Entry, ImageRef, JobPlace, JobView, Payload, PreviewTask
+from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, Payload, PreviewTask
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
+
+log = logging.getLogger(__name__)
 
 _PAYLOAD = b"p:"
 
@@ -74,14 +77,41 @@ def job_from(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
         finished_at_s=float(fields[b"finished"]) if b"finished" in fields else None,
         failure=failure,
         warnings=tuple(text for _, text in warnings),
+        estimate_s=float(fields[b"estimate"]) if b"estimate" in fields else None,
     )
 
 
-def worker_from(value: bytes) -> tuple[WorkerInfo, float]:
-    """A worker and when its lease lapses. Fields that we do not know are those of a newer replica."""
-    lapses, info = value.split(b" ", 1)
-    known = {name: said for name, said in json.loads(info).items() if name in WorkerInfo.__dataclass_fields__}
-    return WorkerInfo(**{**known, "stage": Stage(known["stage"])}), float(lapses)
+def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:
+    """A worker and when its lease lapses. Fields that we do not know are those of a newer replica.
+
+    None for what no replica of ours wrote.
+    """
+    try:
+        lapses, info = value.split(b" ", 1)
+        known = {name: said for name, said in json.loads(info).items() if name in WorkerInfo.__dataclass_fields__}
+        return WorkerInfo(**{**known, "stage": Stage(known["stage"])}), float(lapses)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        log.warning("an entry of the registry cannot be read: %s", error)
+        return None
+
+
+def dead_letter_from(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetter | None:
+    """None for what no replica of ours wrote."""
+    letter_id, fields = entry[0].decode(), entry[1]
+    try:
+        return DeadLetter(
+            id=letter_id,
+            ref=_ref(fields),
+            service=fields[b"stage"].decode(),
+            attempts=int(fields[b"attempts"]),
+            reason=fields[b"reason"].decode(),
+            at_s=int(letter_id.split("-")[0]) / 1000,
+            tenant=fields[b"tenant"].decode(),
+            spec=fields[b"spec"],
+        )
+    except (ValueError, KeyError) as error:
+        log.warning("dead letter %s cannot be read: %s", letter_id, error)
+        return None
 
 
 def _pairs(raw: Sequence[bytes]) -> dict[bytes, bytes]:

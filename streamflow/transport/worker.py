@@ -7,7 +7,7 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -191,6 +191,7 @@ class StageWorker:
                 background = [
                     tasks.create_task(self._keep_registered(), name=f"register {self._worker_id}"),
                     tasks.create_task(self._keep_leases(), name=f"heartbeat {self._worker_id}"),
+                    tasks.create_task(self._drop_ended(), name=f"ended jobs {self._worker_id}"),
                 ]
                 await self._read_until_drained(tasks)
                 await self._wait_for_the_rest()
@@ -328,20 +329,39 @@ class StageWorker:
     async def _keep_leases(self) -> None:
         while True:
             await asyncio.sleep(self._transport.lease_s / 4)
-            beaten = dict(self._in_hand)
-            if not beaten:
-                continue
+            await self._beat(dict(self._in_hand))
+
+    async def _drop_ended(self) -> None:
+        """Beats at once for the entries of a job that ended, which is when their work is of no more use."""
+        backoff = Backoff()
+        while True:
             try:
-                entries = [context.entry for context, _ in beaten.values()]
-                beat = await self._transport.heartbeat(self._stage, self._worker_id, entries)
+                async with self._transport.ended_jobs() as ended:
+                    async for job_id in ended:
+                        backoff.failures = 0
+                        held = {key: held for key, held in self._in_hand.items() if held[0].entry.ref.job_id == job_id}
+                        await self._beat(held)
             except _TRANSIENT as error:
-                log.warning("%s: no heartbeat: %s", self._stage.service, error)
-                continue
-            for entry_id in beat.lost | beat.cancelled:
-                # Not the task that took the same entry anew since the beat was sent.
-                beaten[entry_id][1].cancel()
-            self.counters["lost_total"] += len(beat.lost)
-            self.counters["cancelled_total"] += len(beat.cancelled)
+                # The regular beats find out as well, only later.
+                log.debug("%s: not told of ended jobs: %s", self._stage.service, error)
+                backoff.failures += 1
+                await asyncio.sleep(backoff.next_s())
+
+    async def _beat(self, held: Mapping[str, tuple[EntryContext, asyncio.Task[None]]]) -> None:
+        """Renews the leases of these entries, and lets go of those that are no longer ours to work on."""
+        if not held:
+            return
+        try:
+            entries = [context.entry for context, _ in held.values()]
+            beat = await self._transport.heartbeat(self._stage, self._worker_id, entries)
+        except _TRANSIENT as error:
+            log.warning("%s: no heartbeat: %s", self._stage.service, error)
+            return
+        for entry_id in beat.lost | beat.cancelled:
+            # Not the task that took the same entry anew since the beat was sent.
+            held[entry_id][1].cancel()
+        self.counters["lost_total"] += len(beat.lost)
+        self.counters["cancelled_total"] += len(beat.cancelled)
 
     async def _keep_registered(self) -> None:
         while True:

@@ -10,25 +10,11 @@ import pytest
 import redis
 
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
-from streamflow.transport.base import Heartbeat, ImageRef, JobPlace, Limits, NewJob, PreviewTask, Transport
-from streamflow.types import Failure, JobState, Stage, WorkerInfo
-from tests.transport.worlds import FAST
+from streamflow.transport.base import Heartbeat, ImageRef, JobPlace, Limits, PreviewTask, Transport
+from streamflow.types import Failure, JobState, WorkerInfo
+from tests.transport.worlds import DECODE, DENOISE, ENCODE, FAST, denoiser, new_job, take
 
-ENCODE, DENOISE, DECODE = Stage.ENCODE, Stage.DENOISE, Stage.DECODE
 QUIET = {"waiting": 0, "encode": 0, "denoise": 0, "decode": 0}
-
-
-def new_job(job_id: str = "a", **fields) -> NewJob:
-    return NewJob(**{"id": job_id, "digest": f"digest of {job_id}", "spec": b"\x00spec", "num_images": 1, **fields})
-
-
-def denoiser(worker_id: str = "gpu", *, slots: int, **fields) -> WorkerInfo:
-    return WorkerInfo(worker_id, DENOISE, "host:1", "shapes", "r1", "torch", "cpu", slots, **fields)
-
-
-async def take(transport: Transport, stage: Stage, worker_id: str = "w", count: int = 1):
-    """Entries that are there now."""
-    return await transport.read(stage, worker_id, count, block_s=0)
 
 
 async def listed(transport: Transport, **which) -> list[str]:
@@ -145,18 +131,6 @@ async def test_the_window_is_twice_the_live_slots(transport):
     await transport.unregister("two")
     assert len(await take(transport, ENCODE, count=20)) == 6
     assert (await transport.backlog())["waiting"] == 13
-
-
-async def test_the_estimate_follows_the_measured_rate(transport):
-    await transport.register(denoiser(slots=1), lease_s=60)
-    await transport.admit(new_job(num_images=6))
-    assert (await transport.queue_position("a")).estimate_s is None
-    for _ in range(2):
-        [entry] = await take(transport, ENCODE)
-        await transport.finish(entry, b"")
-    position = await transport.queue_position("a")
-    assert position.ahead == 0
-    assert 0 < position.estimate_s < 10
 
 
 # -- hand-over -------------------------------------------------------------------------------------------------------
@@ -375,6 +349,13 @@ async def test_poison_ends_as_an_error_after_three_deliveries(world, eventually)
     assert (view.failure.code, view.failure.stage) == ("INTERNAL", "encoder")
     assert "3 attempts" in view.failure.message
     assert await transport.backlog() == QUIET
+    [letter] = await transport.dead_letters(tenant="")
+    assert (letter.ref, letter.service, letter.attempts, letter.spec) == (ImageRef("bad", 0), "encoder", 3, b"\x00spec")
+    assert letter.reason == view.failure.message
+    assert letter.at_s == pytest.approx(view.finished_at_s, abs=0.1)
+    assert await transport.dead_letters(tenant="another") == []
+    await transport.remove_dead_letter(letter.id)
+    assert await transport.dead_letters(tenant="") == []
 
 
 async def test_redeliveries_come_alone(world, eventually):
@@ -401,6 +382,29 @@ async def test_handing_back_does_not_count_and_is_claimed_at_once(world):
     assert await transport.hand_back(ENCODE, "leaving", entries, count_attempt=False) == 0
     assert len(await take(other, ENCODE, "other", 9)) == 3
     assert await transport.hand_back(ENCODE, "leaving", None, count_attempt=False) == 0
+
+
+async def test_a_failed_attempt_has_a_pause_after_it(world, eventually):
+    transport = world.open(policy=replace(FAST, lease_s=30.0, retry_s=0.2))
+    await transport.admit(new_job())
+    pauses = []
+    for attempt in (1, 2, 3):
+        [entry] = await take(transport, ENCODE)
+        assert entry.attempt == attempt
+        await transport.hand_back(ENCODE, "w", [entry], count_attempt=True)
+        assert await take(transport, ENCODE) == []
+        began = asyncio.get_running_loop().time()
+
+        async def comes_again():
+            entries = await take(transport, ENCODE)
+            await transport.hand_back(ENCODE, "w", entries, count_attempt=False)
+            return entries or (await transport.job("a")).state.terminal
+
+        await eventually(comes_again)
+        pauses.append(asyncio.get_running_loop().time() - began)
+    assert pauses[0] > 0.15
+    assert pauses[1] > 0.35
+    assert (await transport.job("a")).state is JobState.ERROR
 
 
 async def test_handing_back_everything_leaves_others_alone(world):
@@ -627,6 +631,26 @@ class NewerWorkerInfo(WorkerInfo):
     """What a replica of a later version says of itself."""
 
     temperature_c: float = 40.0
+
+
+async def test_what_nobody_of_ours_registered_is_left_out(redis_world, deployment):
+    transport = redis_world.open()
+    await transport.register(denoiser(slots=2), lease_s=60)
+    with redis.Redis.from_url(redis_world.server.url) as client:
+        for name, value in (
+            ("no-lease", b"nothing"),
+            ("no-json", b"9e9 {"),
+            ("no-object", b"9e9 7"),
+            ("no-stage", b'9e9 {"stage": "bakery", "slots": 9}'),
+            ("no-fields", b'9e9 {"stage": "denoise", "slots": "many"}'),
+            ("long-dead", b'1 {"stage": 3}'),
+        ):
+            client.hset(f"sf:v1:{{{deployment}}}:workers", name, value)
+    assert [worker.worker_id for worker in await transport.workers()] == ["gpu"]
+    await transport.admit(new_job(num_images=9))
+    assert (await transport.backlog())["encode"] == 4
+    await transport.reap()
+    await transport.unregister("no-json")
 
 
 async def test_what_a_newer_replica_says_besides_is_ignored(world):

@@ -352,6 +352,18 @@ async def test_a_cancelled_job_frees_its_worker(steady, eventually):
         assert (await eventually(ended(steady, "next"))).state is JobState.IMAGES
 
 
+async def test_work_of_no_more_use_stops_without_waiting_for_a_beat(world, eventually):
+    patient = replace(FAST, lease_s=60.0)
+    gateway, hold = world.open(policy=patient), Hold()
+    async with running(make_worker(world.open(policy=patient), hold)):
+        await gateway.admit(new_job("unwanted", num_images=2))
+        await gateway.admit(new_job("wanted"))
+        await eventually(hold.has(3))
+        await gateway.cancel("unwanted")
+        await eventually(lambda: asyncio.sleep(0, len(hold.cancelled) == 2))
+    assert sorted(hold.cancelled[:2]) == ["unwanted:0", "unwanted:1"]
+
+
 async def test_a_lost_entry_is_let_go(world, eventually):
     gateway = world.open(policy=STEADY)
     hold = Hold()

@@ -7,13 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from streamflow.transport.base import Limits, Transport
+from streamflow.transport.base import Entry, Limits, NewJob, Transport
 from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
 from streamflow.transport.memory import MemoryTransport
 from streamflow.transport.policy import Policy
 from streamflow.transport.redis_streams import RedisTransport
+from streamflow.types import Stage, WorkerInfo
 
-FAST = Policy(lease_s=0.5, watch_grace_s=0.5, reap_gap_s=60.0)
+ENCODE, DENOISE, DECODE = Stage.ENCODE, Stage.DENOISE, Stage.DECODE
+FAST = Policy(lease_s=0.5, watch_grace_s=0.5, reap_gap_s=60.0, retry_s=0.0)
+
+
+def new_job(job_id: str = "a", **fields: object) -> NewJob:
+    given = {"id": job_id, "digest": f"digest of {job_id}", "spec": b"\x00spec", "num_images": 1, **fields}
+    return NewJob(**given)  # type: ignore[arg-type]
+
+
+def denoiser(worker_id: str = "gpu", *, slots: int, **fields: object) -> WorkerInfo:
+    return WorkerInfo(worker_id, DENOISE, "host:1", "shapes", "r1", "torch", "cpu", slots, **fields)  # type: ignore[arg-type]
+
+
+async def take(transport: Transport, stage: Stage, worker_id: str = "w", count: int = 1) -> list[Entry]:
+    """Entries that are there now."""
+    return await transport.read(stage, worker_id, count, block_s=0)
 
 
 def redis_binary(version: str) -> Path:

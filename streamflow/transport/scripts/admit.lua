@@ -1,7 +1,10 @@
--- id, digest, spec, images, tenant, timeout_s, priority, reserved_bytes, watch lease or '', trace, max_jobs, max_bytes
--- -> {'admitted' or 'attached', admitted_at, deadline_at} | {'exists'} | {'busy', retry_after_s, why}
-local _, id, digest, spec, images, tenant, timeout_s, priority, reserved, watch_s, trace, max_jobs, max_bytes = unpack(ARGV)
+-- id, digest, spec, images, tenant, timeout_s, priority, work and bytes of an image, watch lease or '', trace,
+-- most jobs, jobs of a tenant, bytes, and images of a tenant in a minute (0 = any number)
+-- -> {'admitted' or 'attached', admitted_at, deadline_at} | {'exists'} | {'busy' or 'late', retry_after_s, why}
+local _, id, digest, spec, images, tenant, timeout_s, priority, work, share, watch_s, trace = unpack(ARGV, 1, 12)
+local max_jobs, max_tenant_jobs, max_bytes, per_minute = unpack(ARGV, 13)
 local key = job_key(id)
+images, per_minute = tonumber(images), tonumber(per_minute)
 
 local known = redis.call('HMGET', key, 'digest', 'admitted', 'deadline')
 if known[1] then
@@ -10,43 +13,80 @@ if known[1] then
 end
 
 -- First the write that is refused when memory is full.
-local deadline, share = NOW + timeout_s, math.floor(reserved / images)
+local deadline = NOW + timeout_s
 redis.call('HSET', key, 'digest', digest, 'spec', spec, 'images', images, 'left', images, 'tenant', tenant,
-  'trace', trace, 'share', share, 'state', 'queued', 'revision', C.revision,
+  'trace', trace, 'share', share, 'work', work, 'state', 'queued', 'revision', C.revision,
   'admitted', seconds(NOW), 'deadline', seconds(deadline))
 
-local function refuse(why)
+local function refuse(kind, why, retry_after_s)
   redis.call('DEL', key)
-  local gap = tonumber(redis.call('HGET', META, 'gap') or 0)
-  local queued = redis.call('ZCARD', WAITING) + redis.call('SCARD', UNDER_WAY)
-  return {'busy', seconds(math.min(60, math.max(1, gap * queued))), why}
+  return {kind, seconds(math.min(60, math.max(1, retry_after_s))), why}
+end
+
+-- When the queue will have been worked off.
+local function queue_s()
+  return estimate(work_before(redis.call('ZCARD', WAITING)), 0, 1) or 0
 end
 
 local function excess()
   return (redis.call('HGET', META, 'reserved') or 0) + share * images - max_bytes
 end
 
-if redis.call('ZCARD', OPEN) >= tonumber(max_jobs) then return refuse('jobs') end
+if redis.call('ZCARD', OPEN) >= tonumber(max_jobs) then return refuse('busy', 'jobs', queue_s()) end
+if tonumber(redis.call('HGET', TENANTS, 'n:' .. tenant) or 0) >= tonumber(max_tenant_jobs) then
+  return refuse('busy', 'tenant_jobs', queue_s())
+end
+local minute = 'm:' .. tenant
+local paced = math.max(NOW, tonumber(redis.call('HGET', TENANTS, minute) or 0))
+if per_minute > 0 then
+  -- As if the images were made evenly: a minute's worth may come at once.
+  paced = paced + 60 * images / per_minute
+  if paced > NOW + 60 then return refuse('busy', 'rate', paced - NOW - 60) end
+end
 if excess() > 0 then
   -- Results that their client has read go first.
   for _, ref in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW + C.delivered_s)) do
     if redis.call('HEXISTS', job_key(split_ref(ref)), 'delivered') == 1 then free_result(ref) end
     if excess() <= 0 then break end
   end
-  if excess() > 0 then return refuse('bytes') end
+  if excess() > 0 then return refuse('busy', 'bytes', queue_s()) end
 end
+
+-- Fair queuing: every image of a tenant moves its clock on by the time that it alone would take, and who is served
+-- next is whose clock is behind. While nothing waits nobody is ahead of anybody.
+local clock = 'q:' .. tenant
+local waits = redis.call('ZCARD', WAITING) > 0
+local start = math.max(NOW, waits and tonumber(redis.call('HGET', TENANTS, clock) or 0) or 0)
+local busy, done = unpack(redis.call('HMGET', META, 'busy', 'done'))
+local each_s = work * (tonumber(done or 0) > 0 and busy / done / num_slots() or C.work_s)
+local function rank(index)
+  return math.min(start + index * each_s - C.priority_weight_s * priority, deadline - C.urgent_s + index * 1e-6)
+end
+
+-- What cannot be done in time is refused at once, if the estimate can be relied on.
+local before = redis.call('ZCOUNT', WAITING, '-inf', rank(0))
+local expected_s, fresh = estimate(work_before(before), work, images)
+if fresh and expected_s > tonumber(timeout_s) then
+  local alone_s = estimate(0, work, images)
+  if alone_s > tonumber(timeout_s) then return refuse('late', seconds(alone_s), 0) end
+  return refuse('busy', 'work', expected_s - timeout_s)
+end
+if expected_s then redis.call('HSET', key, 'estimate', seconds(expected_s)) end
 
 redis.call('HINCRBY', META, 'reserved', share * images)
 redis.call('ZADD', jobs_key(tenant), seconds(NOW), id)
 redis.call('ZADD', OPEN, deadline, id)
+redis.call('HINCRBY', TENANTS, 'n:' .. tenant, 1)
+redis.call('HSET', TENANTS, clock, seconds(start + images * each_s))
+if per_minute > 0 then redis.call('HSET', TENANTS, minute, seconds(paced)) end
 if watch_s ~= '' then
   redis.call('HSET', key, 'watch_s', watch_s)
   redis.call('ZADD', WATCH, NOW + watch_s, id)
 end
-local rank = math.min(NOW - C.priority_weight_s * priority, deadline - C.urgent_s)
 for index = 0, images - 1 do
   redis.call('HSET', key, 'i' .. index, 'waiting')
-  redis.call('ZADD', WAITING, rank + index * 1e-6, id .. ':' .. index)
+  redis.call('ZADD', WAITING, seconds(rank(index)), id .. ':' .. index)
 end
+add(META, 'waiting_work', work * images)
 release()
 return {'admitted', seconds(NOW), seconds(deadline)}

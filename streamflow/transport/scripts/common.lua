@@ -3,7 +3,7 @@
 -- An image is in one place, field i<n> of its job: 'waiting', '<stage>:<entry id>', or how it ended. Every hand-over
 -- compares and sets that field, so it happens once whoever comes late. An image that ended has no entry anywhere.
 
-local META, WAITING, UNDER_WAY, OPEN, WATCH, ENDED, RESULTS, CACHE, WORKERS, DEAD = unpack(KEYS)
+local META, WAITING, UNDER_WAY, OPEN, WATCH, ENDED, RESULTS, CACHE, WORKERS, DEAD, TENANTS = unpack(KEYS)
 local C = cjson.decode(ARGV[1])
 local GROUP = 'workers'
 local NOBODY = 'nobody'
@@ -65,21 +65,58 @@ local function enqueue(id, index, stage, payload)
   redis.call('HSET', job_key(id), 'i' .. index, stage .. ':' .. entry)
 end
 
-local function live_workers()
-  local workers = {}
-  for _, value in ipairs(redis.call('HVALS', WORKERS)) do
-    local lapses, info = string.match(value, '^(%S+) (.*)$')
-    if tonumber(lapses) > NOW then workers[#workers + 1] = cjson.decode(info) end
-  end
-  return workers
+-- When a worker's lease lapses, and what it says of itself; nothing where somebody else wrote the value.
+local function registered(value)
+  local lapses, said = string.match(value, '^(%S+) (.*)$')
+  local readable, info = pcall(cjson.decode, said)
+  if readable and type(info) == 'table' and tonumber(lapses) then return tonumber(lapses), info end
 end
 
-local function window()
+-- Of the live denoisers; half of the least window while there are none.
+local function num_slots()
   local slots = 0
-  for _, worker in ipairs(live_workers()) do
-    if worker.stage == 'denoise' and not worker.draining then slots = slots + worker.slots end
+  for _, value in ipairs(redis.call('HVALS', WORKERS)) do
+    local lapses, worker = registered(value)
+    if lapses and lapses > NOW and worker.stage == 'denoise' and not worker.draining then
+      slots = slots + (tonumber(worker.slots) or 0)
+    end
   end
-  return slots > 0 and 2 * slots or C.min_window
+  return slots > 0 and slots or C.min_window / 2
+end
+
+local function add(key, field, amount)
+  redis.call('HINCRBYFLOAT', key, field, string.format('%.9g', amount))
+end
+
+-- How long the last of some images of one job will take, with `ahead` units of work waiting before the first, and
+-- whether that is measured and not old. Nothing before the first measurement; see finish.lua.
+local function estimate(ahead, work, images)
+  local sums = redis.call('HMGET', META, 'n', 'w', 't', 'ww', 'wt', 'busy', 'done', 'measured')
+  if not sums[1] then return nil, false end
+  for i = 1, #sums do sums[i] = tonumber(sums[i] or 0) end
+  local n, w, t, ww, wt, busy, done, measured = unpack(sums)
+  -- A line through the measured images; through the origin where they were all alike.
+  local slope, variance, covariance = t / w, ww / n - (w / n) ^ 2, wt / n - w / n * t / n
+  if variance > 0.01 * (w / n) ^ 2 and covariance > 0 then slope = covariance / variance end
+  local wait_s = done > 0 and (ahead + work * (images - 1)) * busy / done / num_slots() or 0
+  return wait_s + math.max(0, t / n + slope * (work - w / n)), NOW - measured < C.fresh_s
+end
+
+-- What the work of a queue adds up to: an image's share of the sum, since images in it may differ.
+local function work_before(rank)
+  local count = redis.call('ZCARD', WAITING)
+  return count > 0 and (redis.call('HGET', META, 'waiting_work') or 0) * rank / count or 0
+end
+
+-- Takes an image out of the queue; whether it was there.
+local function leave_queue(ref, work)
+  if redis.call('ZREM', WAITING, ref) == 0 then return end
+  -- The sum is started anew whenever it can be, so that rounding does not add up.
+  if redis.call('ZCARD', WAITING) == 0 then
+    redis.call('HDEL', META, 'waiting_work')
+  else
+    add(META, 'waiting_work', -work)
+  end
 end
 
 -- Lets waiting images into the stages while fewer than a window are under way.
@@ -88,13 +125,14 @@ local function release()
   local under_way = redis.call('SCARD', UNDER_WAY)
   -- The rate is measured over busy time only.
   if under_way == 0 then redis.call('HSET', META, 'last_done', seconds(NOW)) end
-  for _ = 1, window() - under_way do
-    local ref = redis.call('ZPOPMIN', WAITING)[1]
+  for _ = 1, 2 * num_slots() - under_way do
+    local ref = redis.call('ZRANGE', WAITING, 0, 0)[1]
     if not ref then return end
     local id, index = split_ref(ref)
     enqueue(id, index, 'encode', {})
+    leave_queue(ref, redis.call('HGET', job_key(id), 'work'))
     redis.call('SADD', UNDER_WAY, ref)
-    redis.call('HSET', job_key(id), 'state', 'running')
+    redis.call('HSET', job_key(id), 'state', 'running', 'r' .. index, seconds(NOW))
     wake(id)
   end
 end
@@ -102,10 +140,10 @@ end
 -- Takes an image out of wherever it is. Gives back what was reserved beyond the bytes that are stored.
 local function end_image(id, index, state, stored_bytes)
   local key, ref = job_key(id), id .. ':' .. index
-  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share')
+  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share', 'work')
   local stage, entry = string.match(job[1], '^(%l+):(.+)$')
   if stage then discard(stream_key(stage, job[2]), entry) end
-  redis.call('ZREM', WAITING, ref)
+  leave_queue(ref, job[4])
   redis.call('SREM', UNDER_WAY, ref)
   redis.call('HSET', key, 'i' .. index, state)
   redis.call('HINCRBY', META, 'reserved', (stored_bytes or 0) - job[3])
@@ -128,16 +166,24 @@ end
 -- Makes a job terminal: what is left of it becomes `rest`, results get their expiry.
 local function end_job(id, state, rest, failure)
   local key = job_key(id)
+  local in_work = false
   for index = 0, redis.call('HGET', key, 'images') - 1 do
     local where = place(id, index)
-    if is_live(where) then end_image(id, index, rest) end
+    if is_live(where) then
+      in_work = in_work or where ~= 'waiting'
+      end_image(id, index, rest)
+    end
     if where == 'done' then keep_result(id, index, C.result_s) end
   end
+  if in_work then redis.call('PUBLISH', C.prefix .. 'ended_jobs', id) end
   redis.call('HSET', key, 'state', state, 'finished', seconds(NOW))
   if failure then
     redis.call('HSET', key, 'code', failure[1], 'message', failure[2], 'stage', failure[3])
   end
-  redis.call('ZREM', OPEN, id)
+  if redis.call('ZREM', OPEN, id) == 1 then
+    local count = 'n:' .. redis.call('HGET', key, 'tenant')
+    if redis.call('HINCRBY', TENANTS, count, -1) <= 0 then redis.call('HDEL', TENANTS, count) end
+  end
   redis.call('ZREM', WATCH, id)
   redis.call('ZADD', ENDED, NOW + C.tombstone_s, id)
   wake(id)
@@ -166,7 +212,9 @@ local function forget_worker(worker)
   local value = redis.call('HGET', WORKERS, worker)
   if not value then return end
   redis.call('HDEL', WORKERS, worker)
-  local stream = stream_key(cjson.decode(string.match(value, '^%S+ (.*)$')).stage, C.revision)
+  local _, info = registered(value)
+  if not info or type(info.stage) ~= 'string' then return end
+  local stream = stream_key(info.stage, C.revision)
   local pending = redis.pcall('XPENDING', stream, GROUP, '-', '+', 1, worker)
   if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker) end
 end

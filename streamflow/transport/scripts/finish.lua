@@ -10,15 +10,27 @@ if message then
   end_job(id, 'error', 'cancelled', {result, message, service})
   return 1
 end
+-- What estimates are made of, as sums in which an image counts less with every one that follows: how long images took
+-- (t) with their work (w), and the slot-seconds (busy) that work (done) took while every slot was in use.
+local function measure()
+  local work, released = unpack(redis.call('HMGET', job_key(id), 'work', 'r' .. index))
+  local time = NOW - (released or NOW)
+  local terms = {n = 1, w = work, t = time, ww = work * work, wt = work * time}
+  local slots = num_slots()
+  if redis.call('SCARD', UNDER_WAY) >= slots then
+    terms.busy, terms.done = slots * (NOW - (redis.call('HGET', META, 'last_done') or NOW)), work
+  end
+  for name, term in pairs(terms) do
+    local before = redis.call('HGET', META, name) or 0
+    redis.call('HSET', META, name, string.format('%.9g', C.memory * before + term))
+  end
+  redis.call('HSET', META, 'last_done', seconds(NOW), 'measured', seconds(NOW))
+end
+
+measure()
 redis.call('SET', result_key(id, index), result)
 redis.call('HSET', job_key(id), 'b' .. index, #result)
 local left = end_image(id, index, 'done', #result)
-
--- A moving average of the busy time between two finished images.
-local rate = redis.call('HMGET', META, 'last_done', 'gap')
-local gap = NOW - (rate[1] or NOW)
-redis.call('HSET', META, 'last_done', seconds(NOW), 'gap', seconds(rate[2] and 0.9 * rate[2] + 0.1 * gap or gap))
-
 if left == 0 then
   end_job(id, 'images', 'cancelled')
 else

@@ -30,9 +30,14 @@ due(ENDED, function(id)
   redis.call('DEL', job_key(id))
   redis.call('ZREM', ENDED, id)
 end)
+-- Clocks in the past mean nothing.
+local tenants = redis.call('HGETALL', TENANTS)
+for i = 1, #tenants, 2 do
+  if string.sub(tenants[i], 1, 2) ~= 'n:' and tonumber(tenants[i + 1]) < NOW then redis.call('HDEL', TENANTS, tenants[i]) end
+end
 local workers = redis.call('HGETALL', WORKERS)
 for i = 1, #workers, 2 do
-  if string.match(workers[i + 1], '^%S+') + C.dead_worker_s < NOW then
+  if (registered(workers[i + 1]) or 0) + C.dead_worker_s < NOW then
     forget_worker(workers[i])
     touched = touched + 1
   end

@@ -45,8 +45,9 @@ end
 
 local function give_up(id, fields, deliveries)
   local message = 'the ' .. service .. ' did not finish this image in ' .. deliveries .. ' attempts'
-  redis.call('XADD', DEAD, '*', 'job', fields.job, 'index', fields.index, 'stage', service, 'entry', id,
-    'deliveries', deliveries, 'reason', message)
+  local job = redis.call('HMGET', job_key(fields.job), 'tenant', 'spec')
+  redis.call('XADD', DEAD, 'MAXLEN', C.max_dead, '*', 'job', fields.job, 'index', fields.index, 'stage', service,
+    'attempts', deliveries, 'reason', message, 'tenant', job[1], 'spec', job[2])
   end_image(fields.job, fields.index, 'error')
   end_job(fields.job, 'error', 'cancelled', {'INTERNAL', message, service})
 end

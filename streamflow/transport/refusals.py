@@ -1,0 +1,25 @@
+"""Why a job is not admitted, in words; the same for both transports."""
+
+from __future__ import annotations
+
+from streamflow.errors import BusyError, DeadlineError
+
+_WHY = {
+    "jobs": "too many jobs are under way",
+    "tenant_jobs": "too many jobs of yours are under way",
+    "rate": "you have asked for more images than you may have in a minute",
+    "bytes": "too many bytes of results are stored or under way",
+    "work": "so much waits that the deadline would pass first",
+}
+
+
+def busy(why: str, *, retry_after_s: float) -> BusyError:
+    """Args: why: a key of the sentences above."""
+    return BusyError(f"{_WHY[why]}; try again in {retry_after_s:.0f} s", retry_after_s=retry_after_s)
+
+
+def too_late(expected_s: float, *, left_s: float) -> DeadlineError:
+    return DeadlineError(
+        f"this request takes about {expected_s:.1f} s here, and its deadline leaves {left_s:.1f} s; "
+        "allow more time, or ask for fewer steps or images"
+    )
