@@ -26,7 +26,12 @@ async def serve(settings: GatewaySettings) -> None:
     card = describe(settings.model, settings.model_name)
     keys = ApiKeys.load(settings.api_keys_file)
     counters = Counters()
-    limits = Limits(max_jobs=settings.max_jobs, max_reserved_bytes=settings.max_reserved_bytes)
+    limits = Limits(
+        max_jobs=settings.max_jobs,
+        max_tenant_jobs=settings.max_tenant_jobs or None,
+        max_reserved_bytes=settings.max_reserved_bytes,
+        tenant_images_per_minute=settings.tenant_images_per_minute,
+    )
     transport = RedisTransport.from_url(
         settings.redis_url, deployment=settings.deployment, revision=card.revision, limits=limits
     )

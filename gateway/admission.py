@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from streamflow.config import GatewaySettings
 from streamflow.errors import DeadlineError, InvalidRequestError
+from streamflow.flow.programs import Program
 from streamflow.flow.samplers import sampler_steps
 from streamflow.rpc import convert
 from streamflow.types import ModelCard
@@ -105,6 +106,12 @@ def num_images(request: types_pb2.GenerateRequest) -> int:
     return len(request.prompts) * (request.num_images or 1)
 
 
+def work(request: types_pb2.GenerateRequest, card: ModelCard) -> float:
+    """What each image of a filled-in request costs: network rows, where one of the default size is 1."""
+    pixels = request.width * request.height / (card.default_width * card.default_height)
+    return max(_program(request, card).rows * pixels, 1e-3)
+
+
 def reserved_bytes(request: types_pb2.GenerateRequest) -> int:
     """What the results of a filled-in request may take: raw pixels at most, and what belongs to them."""
     return num_images(request) * (request.width * request.height * 3 + _OVERHEAD_BYTES)
@@ -135,6 +142,10 @@ def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings:
     if num_images(request) > settings.max_images:
         allowed = f"at most {settings.max_images} images over all prompts"
         raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
+    per_minute = settings.tenant_images_per_minute
+    if per_minute and num_images(request) > per_minute:
+        allowed = f"at most {per_minute:g} images over all prompts, which is what you may have in a minute"
+        raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
     _check_range("preview_interval_steps", request.preview_interval_steps, 0, card.max_steps)
 
 
@@ -149,17 +160,21 @@ def _check_true_guidance(request: types_pb2.GenerateRequest, card: ModelCard) ->
 def _check_sampling(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
     _check_enum("guidance.mode", request.guidance.mode, types_pb2.GuidanceMode.items())
     sampler = request.sampler.strip() or card.default_sampler
+    texts_for(_program(request, card), prompt="", source_prompt=request.source_prompt, sampler=sampler)
+
+
+def _program(request: types_pb2.GenerateRequest, card: ModelCard) -> Program:
+    sampler = request.sampler.strip() or card.default_sampler
     scale = request.guidance_scale if request.HasField("guidance_scale") else card.default_guidance_scale
     strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
-    program = check_sampling(
+    return check_sampling(
         card,
         sampler=sampler,
         steps=request.steps if request.HasField("steps") else sampler_steps(sampler, card.default_steps),
         guidance=convert.guidance_from_pb(scale, request.guidance),
-        strength=strength if request.init_image else None,
+        strength=strength if request.init_image or request.HasField("strength") else None,
         size_px=(request.width or card.default_width, request.height or card.default_height),
     )
-    texts_for(program, prompt="", source_prompt=request.source_prompt, sampler=sampler)
 
 
 def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:

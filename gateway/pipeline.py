@@ -13,9 +13,9 @@ from gateway import admission, images
 from gateway.story import Story
 from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
-from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError, UnavailableError
+from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.telemetry import Counters, fingerprint, get_logger
-from streamflow.transport.base import ImageRef, JobView, NewJob, Transport
+from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport
 from streamflow.types import ModelCard
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -25,6 +25,7 @@ _READ_AGAIN_S = 1.0
 _BLOB_MARGIN_S = 60.0
 # Decoding takes tens of megabytes at a time.
 _DECODERS_AT_ONCE = 2
+_ALL = 1000
 
 _log = get_logger(__name__)
 
@@ -96,23 +97,66 @@ class Pipeline:
         key = JobKey(tenant, filled.request_id)
         spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
         stored = await self._store_images(request, spec)
-        new = NewJob(
-            id=key.job_id,
-            digest=admission.digest(request),
-            spec=spec.SerializeToString(),
-            num_images=admission.num_images(filled),
-            tenant=tenant,
-            timeout_s=timeout_s,
-            priority=admission.priority(filled),
-            reserved_bytes=admission.reserved_bytes(filled),
-            watch_lease_s=None if detach else self._settings.watch_lease_s,
-        )
+        new = self._new_job(key, spec, digest=admission.digest(request), timeout_s=timeout_s, detach=detach)
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
         prompts = fingerprint("\n".join(request.prompts))
         _log.info("admitted", job=new.id, attached=attached, images=new.num_images, prompts=prompts)
         return key, attached
+
+    async def dead_letters(self, tenant: str, *, count: int) -> list[DeadLetter]:
+        return await self._transport.dead_letters(tenant=tenant, count=count)
+
+    async def retry(self, tenant: str, letter_id: str) -> JobKey:
+        """Admits the job of a dead letter again; safe to repeat.
+
+        Raises:
+            NotFoundError: no such letter.
+            InvalidRequestError: what it needs is not there any more.
+            BusyError, UnavailableError: from the transport.
+        """
+        key = JobKey(tenant, f"retry-{letter_id}")
+        letters = {letter.id: letter for letter in await self._transport.dead_letters(tenant=tenant, count=_ALL)}
+        if letter_id not in letters:
+            await self._was_retried(key, letter_id)
+            return key
+        spec = types_pb2.JobSpec.FromString(letters[letter_id].spec)
+        if spec.model_revision != self._card.revision:
+            hint = "send the request again"
+            raise InvalidRequestError("id", letter_id, f"a letter of the model served now, {self._card.name}", hint)
+        timeout_s = self._settings.default_timeout_s
+        for blob in filter(None, (spec.init_image_blob, spec.mask_blob)):
+            data = await self._transport.get_blob(blob)
+            if data is None:
+                hint = "send the request again with its images"
+                raise InvalidRequestError("id", letter_id, "a letter whose init image and mask are still stored", hint)
+            await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S)
+        spec.request.request_id = key.request_id
+        await self._admit(self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True), key)
+        await self._transport.remove_dead_letter(letter_id)
+        return key
+
+    async def _was_retried(self, key: JobKey, letter_id: str) -> None:
+        try:
+            await self._transport.job(key.job_id)
+        except NotFoundError as error:
+            raise NotFoundError(f"no dead letter {letter_id!r}; `streamflow dead list` shows what there is") from error
+
+    def _new_job(self, key: JobKey, spec: types_pb2.JobSpec, *, digest: str, timeout_s: float, detach: bool) -> NewJob:
+        request = spec.request
+        return NewJob(
+            id=key.job_id,
+            digest=digest,
+            spec=spec.SerializeToString(),
+            num_images=admission.num_images(request),
+            tenant=key.tenant,
+            timeout_s=timeout_s,
+            priority=admission.priority(request),
+            work=admission.work(request, self._card),
+            reserved_bytes=admission.reserved_bytes(request),
+            watch_lease_s=None if detach else self._settings.watch_lease_s,
+        )
 
     async def _admit(self, new: NewJob, key: JobKey) -> bool:
         try:

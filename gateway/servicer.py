@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from gateway.pipeline import JobKey, Pipeline
-from gateway.story import Collected, job_to_pb
+from gateway.story import Collected, job_to_pb, letter_to_pb
 from streamflow.config import GatewaySettings
 from streamflow.errors import InvalidRequestError
 from streamflow.rpc import convert
@@ -30,6 +30,7 @@ MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
 # When the page's last job was admitted, and its id: a place in the list that stays when the job is gone.
+_LETTER_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
 _PAGE_TOKEN = re.compile(r"([0-9]{1,12}\.[0-9]{1,12}):([A-Za-z0-9._-]{1,64})")
 
 
@@ -104,9 +105,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     async def ListJobs(self, request: gateway_pb2.ListJobsRequest, context: Context) -> gateway_pb2.ListJobsResponse:
         async with rpc_errors(context):
-            size = request.page_size or DEFAULT_PAGE_SIZE
-            if size > MAX_PAGE_SIZE:
-                raise InvalidRequestError("page_size", size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
+            size = _page_size("page_size", request.page_size)
             tenant = self._tenant(context)
             after = _place(request.page_token, tenant) if request.page_token else None
             # One more than asked for tells whether there is another page.
@@ -114,6 +113,21 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             jobs = [job_to_pb(JobKey.of(view).request_id, view) for view in views[:size]]
             token = _page_token(views[size - 1]) if len(views) > size else ""
             return gateway_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
+
+    async def ListDeadLetters(
+        self, request: gateway_pb2.ListDeadLettersRequest, context: Context
+    ) -> gateway_pb2.ListDeadLettersResponse:
+        async with rpc_errors(context):
+            size = _page_size("limit", request.limit)
+            letters = await self._pipeline.dead_letters(self._tenant(context), count=size)
+            return gateway_pb2.ListDeadLettersResponse(letters=map(letter_to_pb, letters))
+
+    async def RetryDeadLetter(self, request: gateway_pb2.RetryDeadLetterRequest, context: Context) -> gateway_pb2.Job:
+        async with rpc_errors(context):
+            if not _LETTER_ID.fullmatch(request.id):
+                raise InvalidRequestError("id", request.id, "the id of a dead letter, such as 1700000000000-0")
+            key = await self._pipeline.retry(self._tenant(context), request.id)
+            return job_to_pb(key.request_id, await self._pipeline.job(key))
 
     async def ListModels(
         self, request: gateway_pb2.ListModelsRequest, context: Context
@@ -161,6 +175,12 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     def _tenant(self, context: Context) -> str:
         return self._keys.tenant(context.invocation_metadata())
+
+
+def _page_size(field: str, size: int) -> int:
+    if size > MAX_PAGE_SIZE:
+        raise InvalidRequestError(field, size, f"0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
+    return size or DEFAULT_PAGE_SIZE
 
 
 def _page_token(last: JobView) -> str:

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.rpc import convert
 from streamflow.rpc.errors import from_status
-from streamflow.transport.base import JobView, QueuePosition
+from streamflow.transport.base import DeadLetter, JobView, QueuePosition
 from streamflow.types import Failure, JobState
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -49,6 +49,7 @@ class Story:
             sampler=request.sampler,
             width=request.width,
             height=request.height,
+            estimate_s=view.estimate_s,
         )
         return self._event(accepted=accepted)
 
@@ -160,6 +161,20 @@ def failure_of(view: JobView) -> Failure | None:
 
 def warning(message: str) -> gateway_pb2.Warning:
     return gateway_pb2.Warning(code="notice", message=message)
+
+
+def letter_to_pb(letter: DeadLetter) -> gateway_pb2.DeadLetter:
+    request = types_pb2.JobSpec.FromString(letter.spec).request
+    return gateway_pb2.DeadLetter(
+        id=letter.id,
+        request_id=request.request_id,
+        index=letter.ref.index,
+        service=letter.service,
+        attempts=letter.attempts,
+        reason=letter.reason,
+        at_s=letter.at_s,
+        request=request,
+    )
 
 
 def job_to_pb(request_id: str, view: JobView) -> gateway_pb2.Job:

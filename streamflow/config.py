@@ -80,6 +80,10 @@ class GatewaySettings(Settings):
     tls_cert: Path | None = Field(None, description="Server certificate chain (PEM)")
     tls_key: Path | None = Field(None, description="Server key (PEM)")
     max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
+    max_tenant_jobs: int = Field(0, ge=0, description="Unfinished jobs of one tenant at once; 0 = as many as of all")
+    tenant_images_per_minute: float = Field(
+        0.0, ge=0, description="Images that one tenant may ask for in a minute; 0 = any number"
+    )
     max_reserved_bytes: int = Field(512 * 2**20, ge=2**20, description="Bytes that results may take in Redis")
     default_timeout_s: float = Field(600.0, gt=0, description="Deadline of a call that sets none")
     max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline")

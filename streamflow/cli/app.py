@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import streamflow
-from streamflow.cli import edit, generate, inspect, samplers, up
+from streamflow.cli import dead, edit, generate, inspect, samplers, up
 from streamflow.errors import StreamFlowError
 
 
@@ -39,6 +39,7 @@ app.command("status")(inspect.status)
 app.command("models")(inspect.models)
 app.command("jobs")(inspect.jobs)
 app.command("cancel")(inspect.cancel)
+app.add_typer(dead.app, name="dead")
 
 
 def _print_version(asked: bool) -> None:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
-from streamflow.cli.tables import print_out, table
+from streamflow.cli.tables import Json, print_json, print_out, table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from streamflow.client import Client, Job, Status
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 _REFRESH_S = 1.0
 
@@ -40,7 +38,7 @@ def status(
     """
     with connect(address, api_key, tls, tls_ca) as client:
         if json:
-            _print_json(asdict(client.status()))
+            print_json(asdict(client.status()))
         elif watch:
             _watch(client)
         else:
@@ -60,7 +58,7 @@ def models(
     with connect(address, api_key, tls, tls_ca) as client:
         found = client.models()
     if json:
-        _print_json([asdict(model) for model in found])
+        print_json([asdict(model) for model in found])
         return
     about = {
         "family": [model.family for model in found],
@@ -94,7 +92,7 @@ def jobs(
     with connect(address, api_key, tls, tls_ca) as client:
         found = client.jobs(limit=limit)
     if json:
-        _print_json([asdict(job) for job in found])
+        print_json([asdict(job) for job in found])
     else:
         print_out(_job_table(found))
 
@@ -165,12 +163,6 @@ def _job_table(found: Sequence[Job]) -> Table:
 
 
 _ORDER = {"encoder": 0, "denoiser": 1, "decoder": 2}
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(value, indent=2))
 
 
 def _duration(seconds: float) -> str:

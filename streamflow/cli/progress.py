@@ -51,7 +51,7 @@ class _Display:
     def take(self, event: events.Event) -> None:
         match event:
             case events.Queued():
-                wait = "" if event.estimate_s is None else f", starts in about {event.estimate_s:.0f} s"
+                wait = "" if event.estimate_s is None else f", done in about {event.estimate_s:.0f} s"
                 self._bars.update(self._all, note=f"{event.position} images ahead{wait}")
             case events.Progress():
                 self._step(event)

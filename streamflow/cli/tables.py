@@ -1,12 +1,16 @@
-"""Tables on the terminal."""
+"""Tables on the terminal, and JSON in their place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 
 def table(*columns: str, rows: Iterable[Sequence[object]], lines: bool = False) -> Table:
@@ -20,6 +24,12 @@ def table(*columns: str, rows: Iterable[Sequence[object]], lines: bool = False) 
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made
+
+
+def print_json(value: Any) -> None:
+    import json
+
+    typer.echo(json.dumps(value, indent=2))
 
 
 def print_out(made: Table) -> None:

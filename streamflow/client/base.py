@@ -74,6 +74,12 @@ def job_page(limit: int, token: str = "") -> gateway_pb2.ListJobsRequest:
     return gateway_pb2.ListJobsRequest(page_size=min(limit, _PAGE_SIZE), page_token=token)
 
 
+def letters_request(limit: int) -> gateway_pb2.ListDeadLettersRequest:
+    if not 1 <= limit <= _PAGE_SIZE:
+        raise InvalidRequestError("limit", limit, f"1 to {_PAGE_SIZE}")
+    return gateway_pb2.ListDeadLettersRequest(limit=limit)
+
+
 def take_page(jobs: list[Job], page: gateway_pb2.ListJobsResponse, limit: int) -> gateway_pb2.ListJobsRequest | None:
     """Adds a page to `jobs`; returns what to ask next, None when that was all."""
     jobs += [Job.from_pb(job) for job in page.jobs]

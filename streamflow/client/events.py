@@ -63,7 +63,8 @@ class ImageInfo:
 class Accepted:
     """The first event: the request as the server understood it; `seed` is that of image 0.
 
-    `attached` says that an earlier request with this id was found and is watched in its place.
+    `attached` says that an earlier request with this id was found and is watched in its place. `estimate_s` is how long
+    the request was expected to take when it was admitted; None where nothing has been measured yet.
     """
 
     request_id: str
@@ -77,11 +78,12 @@ class Accepted:
     sampler: str
     width: int
     height: int
+    estimate_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """Images ahead of the request's first waiting one, and the seconds until it starts, where a rate is known."""
+    """Images ahead of the request's first waiting one, and seconds until its last is finished, where that is known."""
 
     position: int
     estimate_s: float | None
@@ -188,6 +190,7 @@ def _accepted(request_id: str, accepted: gateway_pb2.Accepted) -> Accepted:
         sampler=accepted.sampler,
         width=accepted.width,
         height=accepted.height,
+        estimate_s=accepted.estimate_s if accepted.HasField("estimate_s") else None,
     )
 
 

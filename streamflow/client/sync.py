@@ -9,13 +9,13 @@ from typing import Any, Self, Unpack
 
 import grpc
 
-from streamflow.client.base import CALL_TIMEOUT_S, CANCEL_TIMEOUT_S, BaseClient, job_page, take_page
+from streamflow.client.base import CALL_TIMEOUT_S, CANCEL_TIMEOUT_S, BaseClient, job_page, letters_request, take_page
 from streamflow.client.events import Event
 from streamflow.client.limits import client_error
 from streamflow.client.request import GenerateOptions, build_request
 from streamflow.client.result import Result, ResultBuilder
 from streamflow.client.session import Session
-from streamflow.client.views import Job, Model, Status
+from streamflow.client.views import DeadLetter, Job, Model, Status
 from streamflow.rpc.channels import open_channel
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -108,6 +108,16 @@ class Client(BaseClient):
         while page is not None:
             page = take_page(jobs, self._call(self._stub.ListJobs, page), limit)
         return jobs
+
+    def dead_letters(self, *, limit: int = 100) -> list[DeadLetter]:
+        """What was given up, newest first; the newest 1,000 at most."""
+        request = letters_request(limit)
+        return [DeadLetter.from_pb(one) for one in self._call(self._stub.ListDeadLetters, request).letters]
+
+    def retry(self, letter_id: str) -> Job:
+        """Submits the request of a dead letter once more, as a job of its own. Raises NotFoundError."""
+        request = gateway_pb2.RetryDeadLetterRequest(id=letter_id)
+        return Job.from_pb(self._call(self._stub.RetryDeadLetter, request))
 
     def models(self) -> list[Model]:
         answer = self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest())

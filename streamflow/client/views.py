@@ -42,6 +42,46 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A request that was given up, because an image of it ended every attempt of a stage.
+
+    Attributes:
+        index: of the image.
+        service, attempts, reason: where, after how many attempts, and what the client was told.
+        at_s: by the server's clock, seconds since 1970.
+        prompts, seed, steps, sampler: of the request.
+    """
+
+    id: str
+    request_id: str
+    index: int
+    service: str
+    attempts: int
+    reason: str
+    at_s: float
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+    sampler: str
+
+    @classmethod
+    def from_pb(cls, letter: gateway_pb2.DeadLetter) -> DeadLetter:
+        return cls(
+            id=letter.id,
+            request_id=letter.request_id,
+            index=letter.index,
+            service=letter.service,
+            attempts=letter.attempts,
+            reason=letter.reason,
+            at_s=letter.at_s,
+            prompts=tuple(letter.request.prompts),
+            seed=letter.request.seed,
+            steps=letter.request.steps,
+            sampler=letter.request.sampler,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """What a model offers, and the values that unset fields take. Sizes are pixels."""
 

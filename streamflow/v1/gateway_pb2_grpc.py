@@ -75,6 +75,16 @@ class GatewayStub(object):
                 request_serializer=streamflow_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=streamflow_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
                 _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/streamflow.v1.Gateway/ListDeadLetters',
+                request_serializer=streamflow_dot_v1_dot_gateway__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=streamflow_dot_v1_dot_gateway__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RetryDeadLetter = channel.unary_unary(
+                '/streamflow.v1.Gateway/RetryDeadLetter',
+                request_serializer=streamflow_dot_v1_dot_gateway__pb2.RetryDeadLetterRequest.SerializeToString,
+                response_deserializer=streamflow_dot_v1_dot_gateway__pb2.Job.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/streamflow.v1.Gateway/Status',
                 request_serializer=streamflow_dot_v1_dot_types__pb2.StatusRequest.SerializeToString,
@@ -139,6 +149,20 @@ class GatewayServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListDeadLetters(self, request, context):
+        """Requests that were given up after several attempts to make an image of theirs, newest first, as long as kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RetryDeadLetter(self, request, context):
+        """Submits the request of a dead letter once more, as a detached job "retry-<id of the letter>", and removes the letter.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """The stages behind this gateway.
         """
@@ -188,6 +212,16 @@ def add_GatewayServicer_to_server(servicer, server):
                     servicer.ListModels,
                     request_deserializer=streamflow_dot_v1_dot_gateway__pb2.ListModelsRequest.FromString,
                     response_serializer=streamflow_dot_v1_dot_gateway__pb2.ListModelsResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=streamflow_dot_v1_dot_gateway__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=streamflow_dot_v1_dot_gateway__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RetryDeadLetter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RetryDeadLetter,
+                    request_deserializer=streamflow_dot_v1_dot_gateway__pb2.RetryDeadLetterRequest.FromString,
+                    response_serializer=streamflow_dot_v1_dot_gateway__pb2.Job.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -411,6 +445,60 @@ class Gateway(object):
             '/streamflow.v1.Gateway/ListModels',
             streamflow_dot_v1_dot_gateway__pb2.ListModelsRequest.SerializeToString,
             streamflow_dot_v1_dot_gateway__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/streamflow.v1.Gateway/ListDeadLetters',
+            streamflow_dot_v1_dot_gateway__pb2.ListDeadLettersRequest.SerializeToString,
+            streamflow_dot_v1_dot_gateway__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RetryDeadLetter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/streamflow.v1.Gateway/RetryDeadLetter',
+            streamflow_dot_v1_dot_gateway__pb2.RetryDeadLetterRequest.SerializeToString,
+            streamflow_dot_v1_dot_gateway__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,
