@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +10,7 @@ import numpy as np
 from streamflow.errors import BusyError, UnavailableError
 from streamflow.host import handoff
 from streamflow.host.handoff import Stopwatch, malformed
-from streamflow.host.latest import Latest
+from streamflow.host.latest import Latest, passed_on
 from streamflow.host.request import ImageRequest, read_request
 from streamflow.rpc.convert import progress_event
 from streamflow.stages.denoiser import DenoiserStage
@@ -137,36 +134,18 @@ class DenoiseHandler:
 
     async def _denoise(self, context: EntryContext, job: DenoiseJob) -> np.ndarray:
         entry = context.entry
-        async with self._reporting(entry) as (progress, previews):
-
-            def on_progress(step: int, steps: int) -> None:
-                context.progress()
-                progress.put(_Progress(step, steps))
-
-            def on_preview(step: int, latents: np.ndarray) -> None:
-                previews.put(_Preview(step, latents))
-
-            return await self._stage.denoise(job, on_progress=on_progress, on_preview=on_preview)
-
-    @asynccontextmanager
-    async def _reporting(self, entry: Entry) -> AsyncIterator[tuple[Latest[_Progress], Latest[_Preview]]]:
-        """Mailboxes whose contents are published while the block runs; what the block raises leaves it unwrapped."""
         progress: Latest[_Progress] = Latest(interval_s=PROGRESS_INTERVAL_S)
         previews: Latest[_Preview] = Latest(interval_s=PREVIEW_INTERVAL_S)
-        failure: Exception | None = None
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._publish(entry, progress), name=f"progress of {entry.ref}")
-            tasks.create_task(self._offer(entry, previews), name=f"previews of {entry.ref}")
-            try:
-                yield progress, previews
-            except Exception as error:
-                # Raised inside, it would end as an ExceptionGroup, which nobody above would know.
-                failure = error
-            finally:
-                progress.close()
-                previews.close()
-        if failure is not None:
-            raise failure
+
+        def on_progress(step: int, steps: int) -> None:
+            context.progress()
+            progress.put(_Progress(step, steps))
+
+        def on_preview(step: int, latents: np.ndarray) -> None:
+            previews.put(_Preview(step, latents))
+
+        async with passed_on((progress, self._publish(entry, progress)), (previews, self._offer(entry, previews))):
+            return await self._stage.denoise(job, on_progress=on_progress, on_preview=on_preview)
 
     async def _publish(self, entry: Entry, progress: Latest[_Progress]) -> None:
         async for step, steps in progress:

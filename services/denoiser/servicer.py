@@ -12,7 +12,7 @@ from streamflow.errors import InvalidRequestError
 from streamflow.flow.programs import Role
 from streamflow.flow.samplers import sampler_steps
 from streamflow.host.control import ControlServicer, StageControl
-from streamflow.host.latest import Latest
+from streamflow.host.latest import Latest, passed_on
 from streamflow.rpc.convert import guidance_from_pb
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import Service
@@ -50,19 +50,13 @@ class DenoiserServicer(ControlServicer, denoiser_pb2_grpc.DenoiserServicer):
             progress: Latest[denoiser_pb2.DenoiseEvent] = Latest(interval_s=0.0)
             previews: Latest[denoiser_pb2.DenoiseEvent] = Latest(interval_s=0.0)
             writing = asyncio.Lock()
-            async with asyncio.TaskGroup() as tasks:
-                for news in (progress, previews):
-                    tasks.create_task(_tell(news, context, writing), name="denoise events")
-                try:
-                    latents = await self._stage.denoise(
-                        job,
-                        key=request.key or None,
-                        on_progress=lambda step, steps: progress.put(_progress(step, steps)),
-                        on_preview=lambda step, latents: previews.put(_preview(step, latents)),
-                    )
-                finally:
-                    progress.close()
-                    previews.close()
+            async with passed_on(*((news, _tell(news, context, writing)) for news in (progress, previews))):
+                latents = await self._stage.denoise(
+                    job,
+                    key=request.key or None,
+                    on_progress=lambda step, steps: progress.put(_progress(step, steps)),
+                    on_preview=lambda step, latents: previews.put(_preview(step, latents)),
+                )
             await context.write(denoiser_pb2.DenoiseEvent(latents=codec.to_pb(latents)))
 
     async def Change(

@@ -1,11 +1,11 @@
-"""A mailbox for lossy news: its reader gets the newest value, not more often than told."""
+"""Mailboxes for lossy news: their readers get the newest value, not more often than told."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from typing import Generic, TypeVar
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 
@@ -46,3 +46,22 @@ class Latest(Generic[Value]):
                     await self._closed.wait()
             if self._closed.is_set():
                 self._news.set()
+
+
+@contextlib.asynccontextmanager
+async def passed_on(*readers: tuple[Latest[Any], Coroutine[None, None, None]]) -> AsyncIterator[None]:
+    """Runs the readers of mailboxes beside the block; they see all of it, and what it raises leaves unwrapped."""
+    failure: Exception | None = None
+    async with asyncio.TaskGroup() as tasks:
+        for _, reader in readers:
+            tasks.create_task(reader)
+        try:
+            yield
+        except Exception as error:
+            # Raised inside, it would break the readers off in the middle, and end as an ExceptionGroup.
+            failure = error
+        finally:
+            for news, _ in readers:
+                news.close()
+    if failure is not None:
+        raise failure

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TypeVar
 
+from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance, GuidanceMode
 from streamflow.types import DecoderKind, Failure, ImageFormat, JobState, ModelCard, OutputSpec, WorkerInfo
 from streamflow.v1 import gateway_pb2, types_pb2
@@ -105,7 +106,13 @@ def guidance_mode_to_pb(mode: GuidanceMode) -> types_pb2.GuidanceMode:
 
 
 def guidance_from_pb(scale: float, options: types_pb2.GuidanceOptions) -> Guidance:
-    """Fills in defaults; ValueError for a mode that does not exist."""
+    """Fills in defaults.
+
+    Raises:
+        InvalidRequestError: a mode that does not exist.
+    """
+    if options.mode not in types_pb2.GuidanceMode.values():
+        raise InvalidRequestError("guidance.mode", options.mode, "one of " + ", ".join(types_pb2.GuidanceMode.keys()))
     return Guidance(
         scale=scale,
         start_sigma=options.start_sigma if options.HasField("start_sigma") else 1.0,

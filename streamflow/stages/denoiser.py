@@ -219,16 +219,25 @@ class DenoiserStage:
         """
         if key not in self._changeable_jobs:
             raise NotFoundError(f"no image {key!r} is being denoised here")
-        handle, job = self._changeable_jobs[key]
+        before = self._changeable_jobs[key]
+        handle, job = before
         changed = _changed(job, change)
         restart = change.strength is not None
         # Refused here, where the caller can be told.
         self.image(changed, handle=handle)
-        await self._entered.change(
-            handle, lambda op: self.image(changed, handle=handle, resume_at=0 if restart else op.step), restart=restart
-        )
-        if key in self._changeable_jobs:
-            self._changeable_jobs[key] = handle, changed
+        # At once: a change that comes meanwhile is one of this job, and it is made after this one.
+        after = self._changeable_jobs[key] = handle, changed
+        try:
+            await self._entered.change(
+                handle,
+                lambda op: self.image(changed, handle=handle, resume_at=0 if restart else op.step),
+                restart=restart,
+            )
+        except Exception:
+            # Unless the key has been given to another image, or another change was made on top.
+            if self._changeable_jobs.get(key) is after:
+                self._changeable_jobs[key] = before
+            raise
 
     def image(self, job: DenoiseJob, *, handle: Hashable, resume_at: int = 0) -> Image:
         """Compiles the job's sampler and checks its arrays. Raises InvalidRequestError."""
@@ -251,7 +260,7 @@ class DenoiserStage:
             noise=noise,
             conditioning={role: self._conditioning(role, job.conditioning[role]) for role in program.roles},
             source=None if job.init_latents is None else _tensor("init_latents", job.init_latents, shape),
-            mask=None if job.mask is None else _tensor("mask", job.mask, shape[1:]),
+            mask=None if job.mask is None else _mask(job.mask, shape[1:]),
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
             resume=resume,
@@ -301,6 +310,14 @@ def _changed(job: DenoiseJob, change: JobChange) -> DenoiseJob:
         strength=job.strength if change.strength is None else change.strength,
         resume=None,
     )
+
+
+def _mask(mask: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
+    tensor = _tensor("mask", mask, shape)
+    if not 0 <= tensor.min() <= tensor.max() <= 1:
+        given = f"values from {tensor.min():g} to {tensor.max():g}"
+        raise InvalidRequestError("mask", given, "0 (stays as it is) to 1 (is made anew)")
+    return tensor
 
 
 def _tensor(field: str, array: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:

@@ -99,6 +99,9 @@ async def test_encode_names_what_is_wrong(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
+SOURCE = {"init_latents": codec.to_pb(np.zeros((4, 16, 16), np.float32))}
+
+
 def denoise_request(**fields: Any) -> denoiser_pb2.DenoiseRequest:
     embeds = np.random.default_rng(0).standard_normal((12, 16), np.float32)
     defaults = {"conditioning": codec.tensors_to_pb({"prompt_embeds": embeds}), "steps": 3, "seed": 5}
@@ -161,6 +164,9 @@ async def test_a_change_reaches_the_image_that_is_made(rig: Rig, stages: Stages)
         ({"noise": codec.to_pb(np.zeros((4, 16, 8), np.float32))}, "noise"),
         ({"mask": codec.to_pb(np.zeros((16, 16), np.float32))}, "mask"),
         ({"init_latents": types_pb2.Tensor(dtype="object")}, "init_latents"),
+        ({"guidance": types_pb2.GuidanceOptions(mode=99)}, "guidance.mode"),  # type: ignore[arg-type]
+        ({**SOURCE, "mask": codec.to_pb(np.full((16, 16), 255, np.uint8))}, "mask"),
+        ({**SOURCE, "mask": codec.to_pb(np.full((16, 16), -0.5, np.float32))}, "mask"),
     ],
 )
 async def test_denoise_names_what_is_wrong(rig: Rig, stages: Stages, fields: dict[str, Any], message: str) -> None:
@@ -170,6 +176,17 @@ async def test_denoise_names_what_is_wrong(rig: Rig, stages: Stages, fields: dic
                 pass
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert stages.denoiser.slots_in_use == 0
+
+
+async def test_an_image_that_fails_while_its_events_are_written_ends_its_call(rig: Rig, stages: Stages) -> None:
+    huge = codec.to_pb(np.full((4, 16, 16), 3e38, np.float32))
+    async with served(rig, stages, Stage.DENOISE) as (channel, _):
+        stub = denoiser_pb2_grpc.DenoiserStub(channel)
+        for _ in range(5):
+            with pytest.raises(grpc.aio.AioRpcError, match="not finite") as caught:
+                async for _event in stub.Denoise(denoise_request(steps=1, noise=huge), timeout=10):
+                    pass
+            assert caught.value.code() is grpc.StatusCode.INTERNAL
 
 
 async def test_decode_gives_what_the_stage_gives(rig: Rig, stages: Stages) -> None:

@@ -185,6 +185,47 @@ async def test_a_change_under_way_replaces_the_text_and_the_guidance(stage: Deno
     assert np.linalg.norm(latents - new[0]) < np.linalg.norm(latents - old)
 
 
+async def test_changes_that_come_at_once_are_all_made(stage: DenoiserStage) -> None:
+    async with stage:
+        started = asyncio.Event()
+        running = asyncio.create_task(
+            stage.denoise(job(3, steps=60), key="k", on_progress=lambda step, steps: started.set())
+        )
+        await started.wait()
+        given_up = asyncio.create_task(stage.change("k", JobChange(guidance=Guidance(3.0))))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        texts = {Role.TARGET: embeds(77)}
+        await asyncio.gather(
+            stage.change("k", JobChange(conditioning=texts)), stage.change("k", JobChange(guidance=Guidance(2.0)))
+        )
+        _, changed = stage._changeable_jobs["k"]
+        assert changed.guidance == Guidance(2.0)
+        assert changed.conditioning[Role.TARGET] is texts[Role.TARGET]
+        running.cancel()
+
+
+async def test_a_late_change_leaves_the_next_image_of_its_key_alone(stage: DenoiserStage) -> None:
+    async with stage:
+        started = asyncio.Event()
+        first = asyncio.create_task(
+            stage.denoise(job(1, steps=100), key="k", on_progress=lambda step, steps: started.set())
+        )
+        await started.wait()
+        first.cancel()
+        late = asyncio.create_task(stage.change("k", JobChange(guidance=Guidance(2.0))))
+        await asyncio.wait([first])
+        started.clear()
+        second = asyncio.create_task(
+            stage.denoise(job(2, steps=100), key="k", on_progress=lambda step, steps: started.set())
+        )
+        await asyncio.gather(late, return_exceptions=True)
+        await started.wait()
+        await stage.change("k", JobChange(guidance=Guidance(4.0)))
+        assert stage._changeable_jobs["k"][1].guidance == Guidance(4.0)
+        second.cancel()
+
+
 async def test_changes_that_cannot_be_made_leave_the_image_as_it_is(stage: DenoiserStage) -> None:
     bad_text = {Role.TARGET: {"prompt_embeds": np.zeros((3, 16), np.float32)}}
     async with stage:
