@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,21 +92,46 @@ class Tally:
 
 @asynccontextmanager
 async def light_deployment(
-    *, settings: Mapping[str, object] | None = None, **replicas: Any
+    *,
+    settings: Mapping[str, object] | None = None,
+    commands: Mapping[str, Sequence[str]] = LIGHT,
+    **more: Any,
 ) -> AsyncIterator[LocalDeployment]:
+    """A deployment on light stages; `more` are arguments of LocalDeployment, such as numbers of replicas."""
     merged = {"lease_s": LEASE_S, "watch_lease_s": 5.0, **(settings or {})}
     async with LocalDeployment(
-        model=SHAPES, commands=LIGHT, settings=merged, ready_timeout_s=60.0, grace_s=5.0, **replicas
+        model=SHAPES, commands=commands, settings=merged, ready_timeout_s=60.0, grace_s=5.0, **more
     ) as deployment:
         yield deployment
 
 
-async def ask(client: AsyncClient, asked: Asked) -> list[bytes] | StreamFlowError:
+async def ask(client: AsyncClient, asked: Asked, *, timeout_s: float | None = None) -> list[bytes] | StreamFlowError:
     """The files, or the error with which the request ended."""
     try:
-        return list((await client.generate(asked.prompt, **asked.options)).files)
+        return list((await client.generate(asked.prompt, timeout_s=timeout_s, **asked.options)).files)
     except StreamFlowError as error:
         return error
+
+
+async def everything(client: AsyncClient, sent: list[Asked], *, timeout_s: float | None = None) -> None:
+    """Asks for all at once; each must come with its pictures."""
+    answers = await asyncio.gather(*(ask(client, asked, timeout_s=timeout_s) for asked in sent))
+    for asked, answer in zip(sent, answers, strict=True):
+        assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
+
+
+@dataclass
+class Drained:
+    """What processes said of themselves when they drained: give `take` to a deployment with JSON logs as `on_line`."""
+
+    counters: Counter[str] = field(default_factory=Counter)
+    processes: set[str] = field(default_factory=set)
+
+    def take(self, name: str, line: str) -> None:
+        if '"event": "drained"' in line or '"drained"' in line:
+            said = json.loads(line)
+            self.processes.add(name)
+            self.counters.update(said.get("counters", {}))
 
 
 async def check(deployment: LocalDeployment, client: AsyncClient, sent: list[Asked], tally: Tally) -> None:
@@ -122,6 +150,11 @@ async def check(deployment: LocalDeployment, client: AsyncClient, sent: list[Ask
     assert not tally.lost, tally
     assert not tally.wrong, tally
     await settled(deployment)
+
+
+def descriptors(deployment: LocalDeployment, name: str) -> int:
+    """Open files of a process."""
+    return len(os.listdir(f"/proc/{deployment.processes[name].pid}/fd"))
 
 
 async def read_again(client: AsyncClient, request_id: str) -> list[bytes]:

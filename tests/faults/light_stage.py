@@ -47,7 +47,7 @@ from streamflow.v1 import (
 )
 
 STEP_S = 0.02
-"""What one step of the denoiser takes."""
+"""What one step of the denoiser takes, unless STREAMFLOW_STEP_S says otherwise."""
 
 POISON = "poison"
 """A prompt with this word ends the denoiser; with `CURSE` its step raises; with `HANG` it makes no progress."""
@@ -144,9 +144,14 @@ class FaultyTransport:
 class Handler:
     """Encodes, denoises or decodes by hashing; its points are `working` (in the middle of an entry)."""
 
-    def __init__(self, stage: Stage, card: ModelCard, transport: Transport, fault: Fault) -> None:
+    def __init__(self, stage: Stage, card: ModelCard, transport: Transport, fault: Fault, *, step_s: float) -> None:
         self._stage, self._card, self._transport, self._fault = stage, card, transport, fault
+        self._step_s = step_s
+        self._leaving = False
         self.counters: Counter[str] = Counter()
+
+    def suspend(self) -> None:
+        self._leaving = True
 
     async def __call__(self, context: EntryContext) -> Outcome:
         spec = await self._transport.spec(context.entry.ref.job_id)
@@ -162,8 +167,10 @@ class Handler:
                 return Finish(self._decode(context, request))
 
     async def _denoise(self, context: EntryContext, request: ImageRequest) -> Outcome:
-        prompt = request.texts[Role.TARGET]
-        for step in range(request.steps):
+        prompt, entry = request.texts[Role.TARGET], context.entry
+        for step in range(int(entry.payload.get("done", 0)), request.steps):
+            if self._leaving:
+                return Advance(Stage.DENOISE, {**entry.payload, "done": str(step).encode()})
             if step == request.steps // 2:
                 self._fault.reach("working")
                 if POISON in prompt:
@@ -172,10 +179,9 @@ class Handler:
                     raise ArithmeticError("cursed")
                 if HANG in prompt:
                     await asyncio.Event().wait()
-            await asyncio.sleep(STEP_S)
+            await asyncio.sleep(self._step_s)
             self.counters["steps_total"] += 1
             context.progress()
-        entry = context.entry
         await self._transport.publish(entry.ref.job_id, progress_event(entry.ref.index, step=1, steps=1))
         return Advance(Stage.DECODE, {"text": entry.payload["text"]})
 
@@ -205,13 +211,13 @@ def main(name: str, environment: Mapping[str, str]) -> None:
     full_name, register, base = _SERVICES[stage]
 
     def handler(hosted: LightStage, transport: Transport, settings: StageSettings) -> Handler:
-        return Handler(stage, card, transport, fault)
+        return Handler(stage, card, transport, fault, step_s=float(environment.get("STREAMFLOW_STEP_S", STEP_S)))
 
     def servicer(hosted: LightStage, control: StageControl) -> Service:
         return Service(full_name, register, type(name, (ControlServicer, base), {})(control))
 
     light = LightStage(card, settings.slots or 8)
-    service = StageService(stage, load=lambda _: light, handler=handler, servicer=servicer)
+    service = StageService(stage, load=lambda _: light, handler=handler, servicer=servicer, suspend=Handler.suspend)
     transport = cast("Transport", FaultyTransport(connect(settings, card.revision), fault))
     asyncio.run(serve(service, light, settings, transport=transport, device="none"))
 
