@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import redis.asyncio as redis
 from redis.exceptions import RedisError
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0
 _CONFIRM_TIMEOUT_S = 5.0
+_CONNECT_AGAIN_S = 0.2
+# Without a message for so long Redis is asked whether it is still there.
+_SILENCE_S = 5.0
 _MAX_QUEUED = 256
 
 
@@ -43,6 +47,10 @@ class Mailboxes:
             if not self._queues[channel]:
                 del self._queues[channel]
 
+    def put_everywhere(self, event: bytes) -> None:
+        for channel in self._queues:
+            self.put(channel, event)
+
     def put(self, channel: str, event: bytes) -> None:
         for queue in self._queues.get(channel, ()):
             if queue.full():
@@ -63,67 +71,96 @@ async def follow(queue: asyncio.Queue[bytes]) -> AsyncIterator[bytes | None]:
 
 
 class RedisEvents:
-    """The subscriptions of one process, however many, on one connection."""
+    """The subscriptions of one process, however many, on one connection.
+
+    One task owns the connection: it alone connects, reads, and subscribes to everything anew after a loss. Others only
+    write to it while it stands. (redis-py's PubSub connects in whichever call meets the loss, and two that do so at
+    once break each other.)
+    """
 
     def __init__(self, client: redis.Redis) -> None:
-        self._pubsub = client.pubsub()
+        self._pool: Any = client.connection_pool
         self._boxes = Mailboxes()
         self._confirmed: dict[str, asyncio.Event] = {}
-        self._changing = asyncio.Lock()
+        self._connection: Any = None  # while it stands
         self._reader: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator[asyncio.Queue[bytes]]:
-        """Once entered, every event that is published from now on is put into the queue."""
+        """Once entered, every event that is published from now on is put into the queue.
+
+        Raises:
+            UnavailableError: Redis cannot be reached.
+        """
         try:
             with self._boxes.open(channel) as queue:
                 await self._subscribe(channel)
                 yield queue
         finally:
-            # Without Redis the channel stays subscribed: its messages find no box, which costs little.
-            with suppress(UnavailableError):
-                await self._unsubscribe_if_unused(channel)
+            if channel not in self._boxes and self._confirmed.pop(channel, None) is not None:
+                await self._send("UNSUBSCRIBE", channel)
 
     async def close(self) -> None:
         while self._reader is not None and not self._reader.done():
             self._reader.cancel()
             # Again if need be: a cancellation may be forgotten, see redis_client.
             await asyncio.wait([self._reader], timeout=LOOK_AGAIN_S)
-        await self._pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _subscribe(self, channel: str) -> None:
-        async with self._changing:
-            confirmed = self._confirmed.get(channel)
-            if confirmed is None:
-                confirmed = self._confirmed[channel] = asyncio.Event()
-                with redis_errors():
-                    await self._pubsub.subscribe(channel)
-            if self._reader is None:
-                self._reader = asyncio.create_task(self._read(), name="redis-events")
+        if self._reader is None:
+            self._reader = asyncio.create_task(self._run(), name="redis-events")
+        confirmed = self._confirmed.get(channel)
+        if confirmed is None:
+            confirmed = self._confirmed[channel] = asyncio.Event()
+            await self._send("SUBSCRIBE", channel)
         with redis_errors():
             async with asyncio.timeout(_CONFIRM_TIMEOUT_S):
                 await confirmed.wait()
 
-    async def _unsubscribe_if_unused(self, channel: str) -> None:
-        async with self._changing:
-            if channel not in self._boxes and self._confirmed.pop(channel, None) is not None:
-                with redis_errors():
-                    await self._pubsub.unsubscribe(channel)
+    async def _send(self, command: str, *channels: str) -> None:
+        """Nothing while there is no connection: the next one begins with all channels."""
+        connection = self._connection
+        if connection is None or not connection.is_connected:
+            return
+        try:
+            await connection.send_command(command, *channels, check_health=False)
+        except (RedisError, OSError) as error:
+            log.debug("not sent to Redis: %s", error)  # the reader meets the same
 
-    async def _read(self) -> None:
+    async def _run(self) -> None:
         while True:
+            connection: Any = self._pool.make_connection()
             try:
-                # redis-py subscribes again by itself when the connection was lost.
-                message = await self._pubsub.get_message(timeout=LOOK_AGAIN_S)
+                await connection.connect()
+                await self._read(connection)
             except (RedisError, OSError) as error:
                 log.warning("no wake-ups until Redis is back: %s", error)
-                await asyncio.sleep(LOOK_AGAIN_S / 2)
-                continue
-            if message is not None and message["channel"] is not None:
-                self._deliver(message["type"], message["channel"].decode(), message["data"])
+            except Exception:
+                log.exception("no wake-ups until there is a new connection to Redis")
+            finally:
+                self._connection = None
+                await connection.disconnect(nowait=True)
+            await asyncio.sleep(_CONNECT_AGAIN_S)
 
-    def _deliver(self, kind: str, channel: str, data: bytes) -> None:
-        if kind == "subscribe" and channel in self._confirmed:
-            self._confirmed[channel].set()
-        elif kind == "message":
-            self._boxes.put(channel, data)
+    async def _read(self, connection: Any) -> None:
+        self._connection = connection
+        if self._confirmed:
+            await self._send("SUBSCRIBE", *self._confirmed)
+            # What was published meanwhile is lost: everybody looks.
+            self._boxes.put_everywhere(b"")
+        asked = False
+        while True:
+            message = await connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
+            if message is not None:
+                self._deliver(*message[:3])
+            elif asked:
+                raise UnavailableError("Redis does not answer")
+            else:
+                await self._send("PING")
+            asked = message is None
+
+    def _deliver(self, kind: bytes, channel: bytes, data: object = b"") -> None:
+        if kind == b"subscribe" and (confirmed := self._confirmed.get(channel.decode())):
+            confirmed.set()
+        elif kind == b"message" and isinstance(data, bytes):
+            self._boxes.put(channel.decode(), data)

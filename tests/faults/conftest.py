@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 
@@ -9,7 +10,20 @@ import pytest
 
 from tests.faults.harness import Tally
 
+QUICK = os.environ.get("STREAMFLOW_QUICK", "") not in ("", "0")
+"""For every change: fewer requests, and only the rows without the mark `full`."""
+
+SOAK_S = float(os.environ.get("STREAMFLOW_SOAK_S", "20" if QUICK else "60"))
+
 _tallies: list[Tally] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if QUICK:
+        skip = pytest.mark.skip(reason="only in the full matrix")
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(skip)
 
 
 @pytest.fixture

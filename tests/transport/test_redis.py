@@ -261,6 +261,36 @@ async def test_nothing_is_lost_when_redis_is_killed(own_world):
     assert dict(entry.payload) == {"latents": b"\x00"}
 
 
+async def test_watchers_that_come_and_go_while_redis_is_away_meet_nothing_unexpected(own_world):
+    transport = own_world.open()
+    await transport.admit(new_job("a"))
+    over = asyncio.Event()
+
+    async def come_and_go(number: int) -> int:
+        came = 0
+        while not over.is_set():
+            try:
+                async with transport.subscribe(f"job-{number}"):
+                    came += 1
+            except UnavailableError:
+                pass
+            await asyncio.sleep(0.01)
+        return came
+
+    watchers = asyncio.gather(*(come_and_go(number) for number in range(30)))
+    for _ in range(3):
+        own_world.server.kill()
+        await asyncio.sleep(0.3)
+        own_world.server.start()
+        await asyncio.sleep(0.3)
+    over.set()
+    assert all(await watchers)
+    async with transport.subscribe("a") as events, asyncio.timeout(10):
+        await transport.publish("a", b"still here")
+        while await anext(events) != b"still here":
+            pass
+
+
 async def test_a_watcher_that_breaks_off_leaves_no_subscription(own_world):
     transport = own_world.open()
     with pytest.raises(RuntimeError, match="the watcher's own"):

@@ -1,0 +1,228 @@
+"""More than can be done, for a moment and for long: what is promised is kept, the rest is refused at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import psutil
+import pytest
+import redis.asyncio as redis
+
+from streamflow.cli.supervisor import LocalDeployment
+from streamflow.client import AsyncClient
+from streamflow.errors import BusyError, DeadlineError
+from tests.faults.conftest import QUICK, SOAK_S
+from tests.faults.harness import Asked, Tally, ask, check, descriptors, everything, light_deployment, requests
+
+pytestmark = pytest.mark.faults
+
+DEADLINE_S = 4.0
+STEPS = 40
+STORM_S = 1.0
+"""Between two kills: a worker takes about two seconds to come back, and three deliveries are an image's last."""
+
+
+@dataclass
+class Load:
+    """What became of requests that came at a steady rate, whether or not earlier ones had been answered."""
+
+    offered_per_s: float
+    accepted_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    late: int = 0
+    delays: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def goodput_per_s(self) -> float:
+        return len(self.accepted_s) / self.seconds
+
+    def __str__(self) -> str:
+        p95 = quantiles(self.accepted_s, n=20)[-1] if len(self.accepted_s) > 1 else 0.0
+        refused = f"{len(self.refused_s)} refused"
+        if self.refused_s:
+            refused += f" after {median(self.refused_s) * 1000:.0f} ms (most {max(self.refused_s) * 1000:.0f} ms)"
+        return (
+            f"offered {self.offered_per_s:.1f}/s: {self.goodput_per_s:.1f}/s in time, p95 {p95:.1f} s, "
+            f"{self.late} late, {refused}"
+        )
+
+
+async def offer(client: AsyncClient, per_s: float, seconds: float, name: str) -> Load:
+    """An open loop: a request every 1 / per_s seconds, each with the deadline."""
+    load = Load(per_s)
+
+    async def one(number: int) -> None:
+        asked, began = Asked(f"{name}-{number}", f"{name} {number}", number, STEPS), time.monotonic()
+        answer = await ask(client, asked, timeout_s=DEADLINE_S)
+        took_s = time.monotonic() - began
+        match answer:
+            case BusyError(retry_after_s=delay_s):
+                load.refused_s.append(took_s)
+                load.delays.append(delay_s)
+            case DeadlineError():
+                load.late += 1
+            case list():
+                assert answer == asked.files
+                load.accepted_s.append(took_s)
+            case error:
+                raise error
+
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(int(per_s * seconds)):
+            await asyncio.sleep(began + number / per_s - time.monotonic())
+            tasks.create_task(one(number))
+        load.seconds = time.monotonic() - began
+    return load
+
+
+@pytest.mark.timeout(180)
+async def test_1_overload(tally: Tally, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half, once and twice the capacity of a denoiser with 8 slots, in an open loop."""
+    seconds = 8.0 if QUICK else 15.0
+    async with (
+        light_deployment(slots=8) as deployment,
+        AsyncClient(deployment.address, max_busy_retries=0) as client,
+    ):
+        began = time.monotonic()
+        warm = requests(48, "warm", steps=STEPS, several=1000)
+        await everything(client, warm)
+        capacity = len(warm) / (time.monotonic() - began)
+        loads = [await offer(client, factor * capacity, seconds, f"load-{factor:g}") for factor in (0.5, 1.0, 2.0)]
+        tally.requests += len(warm) + sum(len(load.accepted_s) + load.late for load in loads)
+        with capsys.disabled():
+            print(f"\ncapacity {capacity:.1f}/s", *loads, sep="\n")
+        peak = max(load.goodput_per_s for load in loads[:2])
+        assert loads[2].goodput_per_s >= 0.8 * peak
+        assert loads[2].refused_s
+        assert all(delay_s >= 1 for load in loads for delay_s in load.delays)
+        for load in loads:
+            accepted = len(load.accepted_s) + load.late
+            assert load.late <= 0.05 * accepted, load
+        await check(deployment, client, [], tally)
+
+
+@pytest.mark.timeout(900)
+async def test_2_storm_over_everything(tally: Tally, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Workers of every stage, the gateway and Redis are killed at random under a thousand requests."""
+    rng, count = random.Random(2), 150 if QUICK else 1000
+    sent = requests(count, "storm", steps=24)
+    killed: Counter[str] = Counter()
+    recoveries: list[float] = []
+    async with (
+        light_deployment(encoders=2, denoisers=2, decoders=2, slots=16, log_dir=tmp_path) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        done: list[float] = []
+        at_once = asyncio.Semaphore(200)
+
+        async def one(asked: Asked) -> None:
+            async with at_once:
+                assert await ask(client, asked) == asked.files, asked
+                done.append(time.monotonic())
+
+        work = asyncio.gather(*(one(asked) for asked in sent))
+        while not work.done():
+            await asyncio.wait({work}, timeout=STORM_S * rng.uniform(0.5, 1.5))
+            name = rng.choice(list(deployment.processes))
+            before, at = len(done), time.monotonic()
+            await deployment.kill(name)
+            killed[name.split("-")[0]] += 1
+            if name in ("redis", "gateway"):
+                await deployment.wait_ready(name)
+            while len(done) == before and not work.done():  # noqa: ASYNC110 - whichever comes first
+                await asyncio.sleep(0.02)
+            recoveries.append(time.monotonic() - at)
+        await work
+        await check(deployment, client, sent, tally)
+    tally.recovery_s = max(recoveries)
+    with capsys.disabled():
+        print(f"\nkilled {dict(killed)}; next image after {median(recoveries):.2f} s, at most {max(recoveries):.2f} s")
+    assert len(killed) >= (3 if QUICK else 5)
+
+
+@dataclass
+class Sample:
+    """A process at a moment of the soak."""
+
+    requests: int
+    rss_mb: float
+    files: int
+
+
+def sample(deployment: LocalDeployment, name: str, done: int) -> Sample:
+    process = psutil.Process(deployment.processes[name].pid)
+    return Sample(done, process.memory_info().rss / 2**20, descriptors(deployment, name))
+
+
+def slope_mb(samples: list[Sample]) -> float:
+    """Megabytes in 1,000 requests: a line through the second half, when caches are full."""
+    half = samples[len(samples) // 2 :]
+    mean_x, mean_y = (sum(values) / len(half) for values in ([s.requests for s in half], [s.rss_mb for s in half]))
+    spread = sum((s.requests - mean_x) ** 2 for s in half)
+    return 1000 * sum((s.requests - mean_x) * (s.rss_mb - mean_y) for s in half) / spread if spread else 0.0
+
+
+@pytest.mark.timeout(SOAK_S + 300)
+async def test_22_soak(tally: Tally, capsys: pytest.CaptureFixture[str]) -> None:
+    """About 70 % load with random kills of workers; gateway and Redis live through it and must not grow."""
+    rng, until = random.Random(22), time.monotonic() + SOAK_S
+    async with (
+        light_deployment(encoders=2, denoisers=2, decoders=2, slots=8) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        sent: list[Asked] = []
+        samples: list[Sample] = []
+        keys: list[int] = []
+        running: set[asyncio.Task[None]] = set()
+
+        async def one(asked: Asked) -> None:
+            assert await ask(client, asked) == asked.files, asked
+
+        async def kill_workers() -> None:
+            while True:
+                await asyncio.sleep(rng.uniform(4, 8))
+                await deployment.kill(rng.choice([name for name in deployment.processes if name[-1].isdigit()]))
+
+        killing = asyncio.create_task(kill_workers())
+        async with redis.from_url(deployment.redis_url) as store:
+            while time.monotonic() < until:
+                # Sixteen slots of 20 ms steps could make eighty images of ten steps in a second; a machine with two
+                # cores carries about half of that besides.
+                await asyncio.sleep(rng.expovariate(20))
+                [asked] = requests(1, f"soak{len(sent)}", steps=10)
+                sent.append(asked)
+                task = asyncio.create_task(one(asked))
+                running.add(task)
+                task.add_done_callback(running.discard)
+                if len(sent) % 100 == 0:
+                    samples.append(sample(deployment, "gateway", len(sent)))
+                    keys.append(await store.dbsize())
+        await asyncio.gather(*running)
+        killing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await killing
+        # What is delivered is kept for a minute, jobs for an hour; the last ones are read again.
+        await check(deployment, client, sent[-200:], tally)
+        tally.requests = len(sent)
+    files = [one.files for one in samples]
+    with capsys.disabled():
+        print(
+            f"\n{len(sent)} requests in {SOAK_S:.0f} s; "
+            f"gateway {samples[0].rss_mb:.1f} to {samples[-1].rss_mb:.1f} MiB, "
+            f"{slope_mb(samples):+.2f} MiB per 1,000 requests in the second half; descriptors {min(files)} to "
+            f"{max(files)}; keys {keys[0]} to {keys[-1]}"
+        )
+    if SOAK_S >= 600:
+        assert slope_mb(samples) < 1.0
+    assert files[-1] <= max(files[: len(files) // 2]) + 5
+    # Of each request its job stays for an hour, and results until they are freed; nothing else.
+    assert keys[-1] <= 2 * len(sent) + 50
