@@ -124,8 +124,9 @@ class RedisEvents:
             return
         try:
             await connection.send_command(command, *channels, check_health=False)
-        except (RedisError, OSError) as error:
-            log.debug("not sent to Redis: %s", error)  # the reader meets the same
+        except Exception as error:
+            # Of any kind, since it may be closed in the middle: its reader meets the loss too, and makes a new one.
+            log.debug("not sent to Redis: %s", error)
 
     async def _run(self) -> None:
         while True:

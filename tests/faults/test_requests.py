@@ -128,7 +128,7 @@ async def test_21_clients_killed_in_the_middle(tally: Tally) -> None:
     sent = [Asked(f"orphan-{k}", "never seen", 0, 100, 2, state=JobState.CANCELLED) for k in range(8)]
     kept = requests(6, "kept-beside", steps=10)
     async with (
-        light_deployment(settings={"step_s": 0.15}, slots=32) as deployment,
+        light_deployment(settings={"step_s": 0.15, "watch_lease_s": 4.0}, slots=32) as deployment,
         AsyncClient(deployment.address) as client,
     ):
         await everything(client, kept[:3])

@@ -66,12 +66,16 @@ async def test_what_cannot_end_in_time_is_refused_at_once(transport):
         await transport.job("long")
     # Alone each ends in time, but not behind so many others.
     admitted = 0
-    with pytest.raises(BusyError, match="deadline would pass first") as refusal:
-        for _ in range(400):
+    refusal = None
+    while refusal is None:
+        try:
             await transport.admit(new_job(f"short-{admitted}", work=2.0, timeout_s=5.0))
             admitted += 1
+        except BusyError as error:
+            refusal = error
+    assert "deadline would pass first" in str(refusal)
     assert 5 < admitted < 100
-    assert refusal.value.retry_after_s >= 1
+    assert refusal.retry_after_s >= 1
     await transport.admit(new_job("patient", work=2.0, timeout_s=600))
 
 
