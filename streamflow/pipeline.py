@@ -15,7 +15,7 @@ from PIL import Image
 from streamflow.backends.runtime import set_threads
 from streamflow.batching.engine import Progress
 from streamflow.errors import InvalidRequestError
-from streamflow.flow.guidance import Guidance, GuidanceMode
+from streamflow.flow.guidance import Guidance, GuidanceMode, read_interval
 from streamflow.flow.noise import image_seed
 from streamflow.flow.programs import Program
 from streamflow.flow.samplers import sampler_steps
@@ -125,7 +125,7 @@ class Pipeline:
         source_prompt: str = "",
         steps: int | None = None,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (1.0, 0.0),
+        guidance_interval: tuple[float, float] | None = None,
         guidance_mode: str = "full",
         residual_strength: float = 1.0,
         seed: int | None = None,
@@ -145,7 +145,7 @@ class Pipeline:
         Args:
             source_prompt: what `image` shows, for samplers that edit it.
             steps, guidance_scale, width, height, sampler: None = the model's default.
-            guidance_interval: sigmas between which guidance acts, such as (0.9, 0.2); 1 = noise, 0 = data.
+            guidance_interval: sigmas between which guidance acts, such as (0.9, 0.2); 1 = noise, 0 = data; None = all.
             guidance_mode: "full", "self-negative" or "onetime-negative"; the last two are experimental, and
                 `residual_strength` in [0, 1] scales what they steer away from.
             seed: None = a random one, reported in the output.
@@ -173,7 +173,7 @@ class Pipeline:
             strength=_strength(image, strength, mask),
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check(card, settings, prompts, negative_prompt, num_images)
+        _check(card, settings, prompts, negative_prompt, source_prompt, num_images)
         program = settings.check(card, has_image=image is not None)
         noise = _noise(latents, len(prompts) * num_images)
 
@@ -246,21 +246,30 @@ class _Clock:
         self.laps[name], self._last = (now - self._last) * 1000, now
 
 
-def _check(card: ModelCard, settings: _Settings, prompts: list[str], negative_prompt: str, num_images: int) -> None:
+def _check(
+    card: ModelCard,
+    settings: _Settings,
+    prompts: list[str],
+    negative_prompt: str,
+    source_prompt: str,
+    num_images: int,
+) -> None:
     check_count("prompt", len(prompts), MAX_IMAGES)
     for prompt in prompts:
         check_prompt("prompt", prompt, max_chars=MAX_PROMPT_CHARS)
-    check_prompt("negative_prompt", negative_prompt, max_chars=MAX_PROMPT_CHARS, may_be_empty=True)
+    for name, text in (("negative_prompt", negative_prompt), ("source_prompt", source_prompt)):
+        check_prompt(name, text, max_chars=MAX_PROMPT_CHARS, may_be_empty=True)
     check_count("num_images", num_images, MAX_IMAGES // len(prompts))
     check_seed(settings.seed)
     check_size(card, "width", settings.width)
     check_size(card, "height", settings.height)
 
 
-def _guidance(scale: float, interval: tuple[float, float], mode: str, residual: float) -> Guidance:
+def _guidance(scale: float, interval: tuple[float, float] | None, mode: str, residual: float) -> Guidance:
     if mode not in list(GuidanceMode):
         raise InvalidRequestError("guidance_mode", mode, ", ".join(GuidanceMode))
-    return Guidance(scale, *interval, GuidanceMode(mode), residual)
+    start, end = (1.0, 0.0) if interval is None else read_interval(interval)
+    return Guidance(scale, start, end, GuidanceMode(mode), residual)
 
 
 def _decoder_kind(card: ModelCard, name: str | None) -> DecoderKind:

@@ -25,16 +25,6 @@ class RowPlan:
     negatives: tuple[int, ...]
     count: int
 
-    @property
-    def guided(self) -> bool:
-        """Whether any slot is."""
-        return self.count > len(self.negatives)
-
-    @property
-    def trivial(self) -> bool:
-        """Whether the rows are just the slots."""
-        return len(self.positions) == len(self.negatives)
-
 
 def plan_rows(ops: Sequence[Op], row_counts: tuple[int, ...] | None) -> RowPlan:
     """Args: row_counts: what the network was compiled for; the plan is padded to the next one. None = any."""

@@ -60,11 +60,13 @@ class Slot:
     """One image under way: where it is in its program, and which row of its table holds its tensors.
 
     Attributes:
+        first_step: of its first program; previews are counted from there.
         earlier_ops: that it ran in programs which were exchanged since.
     """
 
     image: Image
     row: int
+    first_step: int
     op_index: int = 0
     earlier_ops: int = 0
 
@@ -99,7 +101,7 @@ class Slot:
         if not interval or self.op_index + 1 == len(ops):
             return False
         step = self.op.step
-        return ops[self.op_index + 1].step != step and (step - ops[0].step + 1) % interval == 0
+        return ops[self.op_index + 1].step != step and (step - self.first_step + 1) % interval == 0
 
 
 class SlotTable:
@@ -148,7 +150,8 @@ class SlotTable:
         except BaseException:
             self._free.append(row)
             raise
-        slot = self._slots[row] = Slot(image, row, op_index=image.resume.ops_done if image.resume else 0)
+        done = image.resume.ops_done if image.resume else 0
+        slot = self._slots[row] = Slot(image, row, first_step=image.program.ops[0].step, op_index=done)
         return slot
 
     def state(self, slot: Slot) -> SlotState:
@@ -169,14 +172,22 @@ class SlotTable:
         assert all(slot.row == row for row, slot in self._slots.items())
 
     def exchange(self, slot: Slot, image: Image, *, restart: bool) -> None:
-        """Gives a slot another image's program, texts, source and mask.
+        """Gives a slot another image's program, texts, source and mask; where that fails the slot is as it was.
 
         Args:
             restart: begin at the image's own start; otherwise the latents stay as they are.
         """
-        latents = None if restart else self.latents[slot.row].clone()
-        self._write(slot.row, image)
-        if latents is not None:
+        latents, velocity = self.latents[slot.row].clone(), self.velocity[slot.row].clone()
+        try:
+            self._write(slot.row, image)
+        except BaseException:
+            # No more memory, most likely; what was there before has room.
+            self._write(slot.row, slot.image)
+            self.latents[slot.row], self.velocity[slot.row] = latents, velocity
+            raise
+        if restart:
+            slot.first_step = image.program.ops[0].step
+        else:
             self.latents[slot.row] = latents
         slot.image, slot.earlier_ops, slot.op_index = image, slot.ops_done, 0
 

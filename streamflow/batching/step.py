@@ -152,7 +152,8 @@ class _State:
         table, slots = self._table, self._selection.slots
         mask, source, noise = table.mask[slots], table.source[slots], table.noise[slots]
         kept = self._coefficient("k_z") * source + self._coefficient("k_n") * noise
-        return torch.lerp(kept, latents, mask), torch.lerp(noise - source, velocity, mask)
+        moving = 1 + self._coefficient("k_c") * (mask - 1)
+        return torch.lerp(kept, latents, mask), torch.lerp(noise - source, velocity, moving)
 
     def _sum(self, total: Tensor, *, c: str = "", z: str = "", n: str = "") -> Tensor:
         """Adds the terms whose coefficients have these names."""

@@ -39,7 +39,9 @@ def samplers(ctx: typer.Context) -> None:
 @app.command()
 def show(
     sampler: Annotated[str, typer.Argument(help="A name with options in brackets, or blocks such as H2P4R2.")],
-    steps: Annotated[int | None, typer.Option(help="Of the schedule; by default 4, or what the blocks say.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the schedule; by default 4, or what the blocks say.")
+    ] = None,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.")] = 1.0,
     strength: Annotated[float | None, typer.Option(help="Of an image to start from, above 0 to 1.")] = None,
     model: Annotated[Path | None, typer.Option(help="A checkpoint folder; by default a plain rectified flow.")] = None,
@@ -54,12 +56,15 @@ def show(
     """
     from streamflow.flow.guidance import Guidance
     from streamflow.flow.samplers import SAMPLERS, SamplerRequest, compile_sampler, parse_sampler, sampler_steps
+    from streamflow.validation import check_guidance_scale
 
+    check_guidance_scale(guidance_scale)
     parsed = parse_sampler(sampler)
     flow = _flow(model, parsed.options.get("prediction", "velocity"))
     if parsed.name == "flowedit" and strength is None:
         strength = 1.0
-    request = SamplerRequest(steps or sampler_steps(sampler, 4), Guidance(guidance_scale), strength)
+    steps = sampler_steps(sampler, 4) if steps is None else steps
+    request = SamplerRequest(steps, Guidance(guidance_scale), strength)
     program = compile_sampler(sampler, request, flow)
     drawn = [
         (str(op.step + 1), op.name, op.network, op.role.name.lower(), str(op.rows), f"{op.timestep:g}", _bar(op))

@@ -284,8 +284,9 @@ async def check_redis(url: str) -> None:
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
 
-    where = urlsplit(url).netloc.rpartition("@")[2] or url
+    where = url.rpartition("@")[2]
     try:
+        where = urlsplit(url).netloc.rpartition("@")[2] or url
         async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0) as client:
             await client.ping()
     except (RedisError, OSError, ValueError) as error:

@@ -11,7 +11,7 @@ from typing import Any, TypedDict, TypeVar
 from google.protobuf.descriptor import FieldDescriptor
 
 from streamflow.errors import InvalidRequestError
-from streamflow.flow.guidance import GuidanceMode
+from streamflow.flow.guidance import GuidanceMode, read_interval
 from streamflow.pictures import Picture, as_file
 from streamflow.rpc.convert import decoder_to_pb, format_to_pb, guidance_mode_to_pb
 from streamflow.types import DecoderKind, ImageFormat
@@ -133,7 +133,7 @@ def build_request(
         _set(request, name, value)
     request.priority = _priority(priority)
     if guidance_interval is not None:
-        start, end = _interval(guidance_interval)
+        start, end = read_interval(guidance_interval)
         _set(request.guidance, "start_sigma", start)
         _set(request.guidance, "end_sigma", end)
     if guidance_mode is not None:
@@ -186,15 +186,6 @@ def _choice(field: str, kind: type[Choice], value: str) -> Choice:
         return kind(value)
     except ValueError:
         raise InvalidRequestError(field, value, ", ".join(kind)) from None
-
-
-def _interval(value: tuple[float, float]) -> tuple[float, float]:
-    try:
-        start, end = value
-    except (TypeError, ValueError):
-        allowed = "two sigmas, where guidance begins and where it ends, such as (0.9, 0.2)"
-        raise InvalidRequestError("guidance_interval", value, allowed) from None
-    return start, end
 
 
 def _priority(value: str) -> types_pb2.Priority:

@@ -56,7 +56,9 @@ def _edit(step: Step, source: Guidance) -> list[Op]:
     sigma = step.sigma
     # Outside a mask the edit stays the source, which is no noised image.
     kept = {"k_z": 1.0, "k_n": 0.0}
-    of_source = replace(step, guidance=source).base("S", sigma, stands=sigma, i_x=0.0, i_z=1 - sigma, i_n=sigma, **kept)
+    noised = {"i_x": 0.0, "i_z": 1 - sigma, "i_n": sigma}
+    # What T subtracts belongs to this step's draw everywhere, so a mask leaves it alone.
+    of_source = replace(step, guidance=source).base("S", sigma, stands=sigma, k_c=0.0, **noised, **kept)
     of_target = step.base("T", sigma, stands=step.after, p_o=step.h, p_c=-step.h, i_z=-sigma, i_n=sigma, **kept)
     return [replace(of_source, role=Role.SOURCE, draw=step.index), replace(of_target, draw=step.index)]
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
+
+from streamflow.errors import InvalidRequestError
+
+# Requests carry float32, in which the sigma 0.7 lies outside an interval that begins at 0.7.
+_TOLERANCE = 1e-6
 
 
 class GuidanceMode(StrEnum):
@@ -48,4 +54,15 @@ class Guidance:
 
     def at(self, sigma: float) -> float:
         """The scale for an evaluation at `sigma`: 1 outside the interval, so that its second row drops out."""
-        return self.scale if self.on and self.end_sigma <= sigma <= self.start_sigma else 1.0
+        inside = self.end_sigma - _TOLERANCE <= sigma <= self.start_sigma + _TOLERANCE
+        return self.scale if self.on and inside else 1.0
+
+
+def read_interval(value: Iterable[float]) -> tuple[float, float]:
+    """The two sigmas of a `guidance_interval`. Raises InvalidRequestError."""
+    try:
+        start, end = map(float, value)
+    except (TypeError, ValueError):
+        allowed = "two sigmas, where guidance begins and where it ends, such as (0.9, 0.2)"
+        raise InvalidRequestError("guidance_interval", value, allowed) from None
+    return start, end

@@ -34,7 +34,7 @@ def read_options(text: str, given: str | None, known: Mapping[str, Option]) -> d
         InvalidRequestError: an option that is not known or stands twice, or a value that is not allowed.
     """
     values: dict[str, Any] = {}
-    for item in filter(None, (given or "").split(",")):
+    for item in given.split(",") if given else ():
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals or key not in known or key in values:
             allowed = "the options " + ", ".join(known) if known else "no options for this sampler"

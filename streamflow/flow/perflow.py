@@ -61,6 +61,11 @@ class Windows:
             times += np.linspace(start, end, num=count, endpoint=False).tolist()
         return times if exact else [int(time * 1000) / 1000 for time in times]
 
+    def max_steps(self, *, exact: bool) -> int:
+        """With more, two times could be one, or the last one nothing."""
+        finest = round(1 / _PRECISION) if exact else 1000
+        return (finest - 1) // self.count * self.count
+
     def abar(self, t: float) -> float:
         """The noise schedule's cumulative alpha at a window's boundary."""
         assert self.spec is not None

@@ -8,7 +8,8 @@ latents `z0` (0 without a source), the initial noise `n0` and a mask. One op is
     o  = NET(y, timestep, conditioning[, c])        guided; a refiner sees c as well
     x <- p_x x + p_c c + p_o o + p_z z0 + p_n n     from the old c
     c <- g_c c + g_o o
-    x <- k_z z0 + k_n n0;  c <- n0 - z0             outside the mask, where there is one
+    x <- m x + (1 - m) (k_z z0 + k_n n0)            where there is a mask m: put back where it is 0
+    c <- c + k_c (1 - m) (n0 - z0 - c)              likewise; k_c is 0 or 1
     preview ~ v_y y + v_c c + v_o o                 the data that this op expects, from the old c
 
 with coefficients per image, so that any mix of samplers, schedules and step counts is one vectorised update. At the
@@ -83,6 +84,7 @@ class Op:
     g_o: float = 0.0
     k_z: float = 0.0
     k_n: float = 0.0
+    k_c: float = 1.0
     v_y: float = 1.0
     v_c: float = 0.0
     v_o: float = 0.0

@@ -26,6 +26,7 @@ _NAMED = re.compile(r"(?P<name>[A-Za-z0-9-]+)(\[(?P<options>[^\[\]]*)\])?")
 _NOTATION = re.compile(r"([A-Z]\d{1,4})+")
 _LETTERS = "EHMPR"
 MAX_NOTATION_STEPS = 1000
+MAX_SAMPLER_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,9 @@ class Sampler:
 
 def parse_sampler(text: str) -> Sampler:
     """Reads a sampler string. Raises InvalidRequestError for names, blocks or options that do not exist."""
+    # Texts are kept, as keys of the cache and in jobs.
+    if len(text) > MAX_SAMPLER_CHARS:
+        raise InvalidRequestError("sampler", text, f"at most {MAX_SAMPLER_CHARS} characters")
     text = text.strip()
     match = _NAMED.fullmatch(text)
     if match is None:
@@ -94,15 +98,15 @@ def compile_sampler(text: str, request: SamplerRequest, flow: FlowSpec) -> Progr
         InvalidRequestError: unknown sampler or option, or values with which it cannot run on this checkpoint.
     """
     sampler = parse_sampler(text)
-    if sampler.name not in served(flow):
+    if flow.windows is not None and sampler.name not in served(flow):
         raise InvalidRequestError("sampler", text, "perflow, because this checkpoint's flow is piecewise")
     program = SAMPLERS[sampler.name].compile(_Task(sampler, request, flow))
     return replace(program, warnings=(*program.warnings, *_refiner_warnings(sampler, program, flow)))
 
 
 def served(flow: FlowSpec) -> tuple[str, ...]:
-    """The names of the samplers that serve a flow."""
-    return tuple(SAMPLERS) if flow.windows is None else ("perflow",)
+    """The names of the samplers that serve a flow; a notation is written, not named."""
+    return tuple(name for name in SAMPLERS if name != NOTATION) if flow.windows is None else ("perflow",)
 
 
 def sampler_steps(text: str, default: int) -> int:
@@ -207,11 +211,15 @@ def _compile_flow_edit(task: _Task) -> Program:
 
 def _compile_perflow(task: _Task) -> Program:
     task.refuse_residual_guidance()
-    windows = _windows(task)
+    windows, exact = _windows(task), task.option("exact", False)
     if task.steps < windows.count:
         allowed = f"at least {windows.count} with {windows.count} windows"
         raise InvalidRequestError("steps", task.steps, allowed, "raise steps, or lower the option windows")
-    times = windows.times(task.steps, exact=task.option("exact", False))
+    most = windows.max_steps(exact=exact)
+    if task.steps > most:
+        hint = "lower steps" if exact else "lower steps, or choose the option exact=true"
+        raise InvalidRequestError("steps", task.steps, f"at most {most} with {windows.count} windows", hint)
+    times = windows.times(task.steps, exact=exact)
     ops = perflow(windows, times, task.flow, task.guidance, first=task.first)
     return task.program(ops, windows.noising(times[task.first]))
 

@@ -23,7 +23,7 @@ from streamflow.families.base import Denoiser
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
-from streamflow.flow.samplers import SamplerRequest, compile_sampler, sampler_steps
+from streamflow.flow.samplers import SamplerRequest, compile_sampler, parse_sampler, sampler_steps
 from streamflow.stages.runner import EngineRunner, TickRecord
 from streamflow.telemetry import get_logger
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
@@ -129,8 +129,8 @@ class DenoiserStage:
         text: Tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         texts, guidance = dict.fromkeys(Role, text), Guidance(guidance_scale)
         height, width = card.default_height, card.default_width
-        # A piecewise flow takes a step in each window at least.
-        steps = sampler_steps(sampler, card.flow.windows.windows if card.flow.windows else 1)
+        # One step is enough, but for a sampler that takes one in each of its windows.
+        steps = sampler_steps(sampler, card.default_steps if parse_sampler(sampler).name == "perflow" else 1)
         return DenoiseJob(texts, steps, guidance, sampler, 0, height, width)
 
     def run(

@@ -336,11 +336,12 @@ class MemoryTransport:
         before = sum(other <= rank for other in self._state.waiting.values())
         expected_s = self._state.estimate_s(self._state.work_before(before), job.work, job.num_images)
         fresh = now_s - self._state.measured.measured_at_s < self._policy.fresh_s
-        if expected_s is not None and fresh and expected_s > job.timeout_s:
+        allowed_s = job.timeout_s / self._policy.headroom
+        if expected_s is not None and fresh and expected_s > allowed_s:
             alone_s = self._state.estimate_s(0.0, job.work, job.num_images) or 0.0
-            if alone_s > job.timeout_s:
+            if alone_s > allowed_s:
                 raise too_late(alone_s, left_s=job.timeout_s)
-            raise busy("work", retry_after_s=_retry_s(expected_s - job.timeout_s))
+            raise busy("work", retry_after_s=_retry_s(expected_s - allowed_s))
         return expected_s
 
     def _busy(self, why: str) -> BusyError:

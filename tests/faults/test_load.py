@@ -106,7 +106,7 @@ async def test_1_overload(tally: Tally, capsys: pytest.CaptureFixture[str]) -> N
         assert all(delay_s >= 1 for load in loads for delay_s in load.delays)
         for load in loads:
             accepted = len(load.accepted_s) + load.late
-            assert load.late <= 0.05 * accepted, load
+            assert load.late <= 0.05 * accepted, str(load)
         await check(deployment, client, [], tally)
 
 

@@ -66,10 +66,11 @@ end
 -- What cannot be done in time is refused at once, if the estimate can be relied on.
 local before = redis.call('ZCOUNT', WAITING, '-inf', rank(0))
 local expected_s, fresh = estimate(work_before(before), work, images)
-if fresh and expected_s > tonumber(timeout_s) then
+local allowed_s = timeout_s / C.headroom
+if fresh and expected_s > allowed_s then
   local alone_s = estimate(0, work, images)
-  if alone_s > tonumber(timeout_s) then return refuse('late', seconds(alone_s), 0) end
-  return refuse('busy', 'work', expected_s - timeout_s)
+  if alone_s > allowed_s then return refuse('late', seconds(alone_s), 0) end
+  return refuse('busy', 'work', expected_s - allowed_s)
 end
 if expected_s then redis.call('HSET', key, 'estimate', seconds(expected_s)) end
 
