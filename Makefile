@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-faults lint types protos check-protos model clean
+.PHONY: help demo test test-faults nightly lint types protos check-protos model clean
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -25,8 +25,14 @@ demo: $(STAMP)  ## Start everything on this machine, make pictures of a dozen pr
 test: $(STAMP)  ## All tests, with real processes and a real Redis
 	$(BIN)/python -m pytest
 
-test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load
-	$(BIN)/python -m pytest -m faults tests/faults
+test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load; QUICK=1 for the short one
+	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults
+
+nightly: $(STAMP)  ## What takes longer: the full fault matrix, half an hour of soak, the fuzzers
+	STREAMFLOW_FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/faults --deselect tests/faults/test_load.py::test_22_soak
+	STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults/test_load.py::test_22_soak
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	for target in request entry image; do $(BIN)/python -m tests.fuzz.fuzz_$$target -max_total_time=300 || exit 1; done
 
 lint: $(STAMP)  ## Style
 	$(BIN)/ruff check .

@@ -156,6 +156,7 @@ class Pipeline:
             work=admission.work(request, self._card),
             reserved_bytes=admission.reserved_bytes(request),
             watch_lease_s=None if detach else self._settings.watch_lease_s,
+            nonce=secrets.token_hex(8),
         )
 
     async def _admit(self, new: NewJob, key: JobKey) -> bool:

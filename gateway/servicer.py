@@ -13,7 +13,7 @@ import grpc.aio
 from gateway.pipeline import JobKey, Pipeline
 from gateway.story import Collected, job_to_pb, letter_to_pb
 from streamflow.config import GatewaySettings
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.rpc import convert
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.errors import rpc_errors
@@ -86,7 +86,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     async def Submit(self, request: types_pb2.GenerateRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
             key, _ = await self._submit(request, context, detach=True)
-            return job_to_pb(key.request_id, await self._pipeline.job(key))
+            try:
+                return job_to_pb(key.request_id, await self._pipeline.job(key))
+            except NotFoundError as error:
+                # Admitted and forgotten: sent again it is the same request.
+                raise UnavailableError("the store has lost its memory; send the request again") from error
 
     async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):

@@ -69,7 +69,13 @@ class UnauthenticatedError(StreamFlowError):
 
 
 class UnavailableError(StreamFlowError, ConnectionError):
+    """Args: answered: a server said so; otherwise there was none to say anything."""
+
     code = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, answered: bool = False) -> None:
+        self.answered = answered
+        super().__init__(message)
 
 
 class JobCancelledError(StreamFlowError):

@@ -12,6 +12,8 @@ from PIL import Image
 from streamflow.errors import InvalidRequestError
 from streamflow.pipeline import Pipeline
 
+PICTURE = Image.new("RGB", (64, 64))
+
 
 @pytest.fixture(scope="module")
 def pipeline(sd_checkpoint: Path) -> Pipeline:
@@ -73,6 +75,12 @@ def test_defaults_timings_and_random_seeds(pipeline: Pipeline) -> None:
     assert first.images[0].size == (64, 64)
 
 
+def test_an_interval_may_be_left_out(pipeline: Pipeline) -> None:
+    options = {"seed": 1, "guidance_scale": 3.0, "steps": 2, "output": "latents"}
+    whole = pipeline("a", guidance_interval=(1.0, 0.0), **options).latents  # type: ignore[arg-type]
+    assert np.array_equal(pipeline("a", guidance_interval=None, **options).latents, whole)  # type: ignore[arg-type]
+
+
 def test_not_square(pipeline: Pipeline) -> None:
     assert pipeline("a", width=96, height=40, steps=1).images[0].size == (96, 40)
 
@@ -98,6 +106,10 @@ def test_a_prompt_that_is_too_long_warns(pipeline: Pipeline) -> None:
         ({"prompt": "a\0b"}, "control characters"),
         ({"sampler": "magic"}, "sampler: got 'magic'; allowed: one of euler"),
         ({"strength": 0.5}, "strength"),
+        ({"guidance_interval": 0.5}, "guidance_interval: got 0.5; allowed: two sigmas"),
+        ({"guidance_interval": (1.0, 0.5, 0.2)}, "guidance_interval"),
+        ({"guidance_interval": (0.2, 0.9)}, "guidance_interval"),
+        ({"source_prompt": "a\0b", "image": PICTURE, "sampler": "flowedit"}, "source_prompt: .* control characters"),
     ],
 )
 def test_wrong_values_are_named(pipeline: Pipeline, changes: dict[str, object], message: str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from streamflow.errors import StreamFlowError
+from streamflow.flow.guidance import Guidance
 from streamflow.host import handoff
 from streamflow.host.handoff import Stopwatch, malformed
 from streamflow.host.request import ImageRequest, read_request
@@ -128,4 +129,19 @@ class DecodeHandler:
             "model": request.model,
             "model_revision": self._stage.card.revision,
             "decoder": request.output.decoder.value,
+            **_guidance_metadata(request.guidance),
+            **({"strength": round(request.strength, 6)} if request.init_image_blob else {}),
         }
+
+
+def _guidance_metadata(guidance: Guidance) -> dict[str, object]:
+    """What is not as usual, by the names of the options."""
+    said, usual = (
+        {
+            "guidance_interval": (round(one.start_sigma, 6), round(one.end_sigma, 6)),
+            "guidance_mode": one.mode.value,
+            "residual_strength": round(one.residual, 6),
+        }
+        for one in (guidance, Guidance())
+    )
+    return {name: value for name, value in said.items() if value != usual[name]}

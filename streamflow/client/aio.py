@@ -164,6 +164,6 @@ class AsyncClient(BaseClient):
 
     async def _cancel_quietly(self, request_id: str) -> None:
         # Its best effort: where the server cannot be told, the job's watch lease runs out.
-        with contextlib.suppress(grpc.aio.AioRpcError):
+        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
             request = gateway_pb2.CancelRequest(request_id=request_id)
             await self._stub.Cancel(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)

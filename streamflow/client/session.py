@@ -106,6 +106,9 @@ class Session:
             # The server lost its memory: the same id and seed make the same images.
             self._admitted = False
             return 0.0
+        if self._request is not None and isinstance(error, NotFoundError):
+            # It did so between admitting the request and answering.
+            error = UnavailableError(str(error), answered=True)
         try:
             return self._retry.delay_s(error or UnavailableError("the stream ended before the job did"))
         except StreamFlowError:

@@ -106,6 +106,9 @@ def from_status(code: str, message: str, detail: Mapping[str, Any] | None = None
             return _invalid(f"message too large: {message}", {})
         case "RESOURCE_EXHAUSTED":
             return BusyError(message, retry_after_s=_seconds(detail.get("retry_after_s")))
+        case "UNAVAILABLE":
+            # Our servers send details with what they refuse; gRPC itself does not.
+            return UnavailableError(message, answered=bool(detail))
         case "INTERNAL":
             return GenerationError(message, stage=str(detail.get("stage", "")))
         case _ if code in _CLASSES:

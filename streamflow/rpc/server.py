@@ -187,8 +187,10 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.keepalive_time_ms", 20_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Otherwise a minute, whatever the keepalive's own says.
+        ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
-        # Clients ping every 30 s; fewer than 10 s apart is abuse.
+        # Clients ping every 15 s; fewer than 10 s apart is abuse.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         # Two processes on one port would share the calls without anybody noticing.
         ("grpc.so_reuseport", 0),

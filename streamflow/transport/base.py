@@ -68,6 +68,7 @@ class NewJob:
         work: what each image costs, in units of the deployment's choice; estimates and fairness go by it.
         reserved_bytes: what its results may take.
         watch_lease_s: the job is cancelled when nobody has watched it for so long; None = detached.
+        nonce: of the call that admits it, so that a retry of it after a lost reply is not taken for somebody else's.
     """
 
     id: str
@@ -81,6 +82,7 @@ class NewJob:
     reserved_bytes: int = 0
     watch_lease_s: float | None = None
     traceparent: str = ""
+    nonce: str = ""
 
     def __post_init__(self) -> None:
         if self.num_images < 1:

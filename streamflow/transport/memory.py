@@ -74,7 +74,8 @@ class MemoryTransport:
         if known is not None:
             if known.new.digest != job.digest:
                 raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
-            return Admission(True, known.admitted_at_s, known.deadline_at_s)
+            attached = not job.nonce or known.new.nonce != job.nonce
+            return Admission(attached, known.admitted_at_s, known.deadline_at_s)
         self._refuse_over_limits(job)
         now_s = self._clock()
         ranks, clock_s = self._ranks(job, now_s)

@@ -115,6 +115,7 @@ class RedisTransport:
             job.reserved_bytes // job.num_images,
             "" if job.watch_lease_s is None else job.watch_lease_s,
             job.traceparent,
+            job.nonce,
             self._limits.max_jobs,
             self._limits.max_jobs if self._limits.max_tenant_jobs is None else self._limits.max_tenant_jobs,
             self._limits.max_reserved_bytes,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streamflow.batching.compiled import CompiledStep
-from streamflow.batching.engine import Engine
-from streamflow.batching.slots import Image
+from streamflow.batching.engine import MAX_LAYOUTS, Engine
+from streamflow.batching.slots import Image, SlotTable
+from streamflow.batching.step import StepFunction, run_step
 from streamflow.errors import GenerationError
 from streamflow.flow.guidance import Guidance, GuidanceMode
 from streamflow.flow.noise import drawn_noise, initial_noise
@@ -230,6 +233,7 @@ def test_compiled_steps_give_what_the_definition_gives(compiler: str) -> None:
         image(2, sampler="H1R1", steps=None),
         image(3, sampler="heun", strength=1.0, steps=2, mask=torch.eye(3), preview_interval=1),
         image(4, sampler="flowedit", strength=1.0, steps=2),
+        image(5, sampler="flowedit", strength=1.0, steps=2, mask=torch.full((3, 3), 0.5)),
     ]
     engine = Engine(networks((2, 4, 8)), capacity=3, step=CompiledStep(compiler))
     done = drive(engine, list(specs))
@@ -306,6 +310,23 @@ def test_a_change_that_cannot_be_made_leaves_the_image_as_it_was() -> None:
     torch.testing.assert_close(drive(engine, [])[0].double(), alone(spec), rtol=1e-5, atol=1e-6)
 
 
+def test_a_change_that_breaks_half_way_leaves_the_image_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    engine = Engine({"base": Field()}, capacity=1)
+    spec = image(0, steps=4, sampler="fireflow")
+    engine.admit(spec)
+    engine.tick()
+    table = next(iter(engine._tables.values()))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "cat", no_memory)
+        longer = image(0, steps=len(table.programs[0]) + 1, bias=9.0, noise=torch.ones(SHAPE), strength=1.0)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.change(0, lambda old, op: longer)
+    torch.testing.assert_close(drive(engine, [])[0].double(), alone(spec), rtol=1e-5, atol=1e-6)
+
+
 def test_only_the_guilty_image_fails() -> None:
     engine = Engine({"base": Watched()}, capacity=4)
     good = [image(0), image(2, steps=5)]
@@ -377,6 +398,39 @@ def test_previews_come_after_whole_steps_and_not_at_the_end() -> None:
         assert steps == expected
 
 
+def previews_of(engine: Engine, *, ticks: int = 1000) -> list[int]:
+    steps: list[int] = []
+    while len(engine) and (ticks := ticks - 1) >= 0:
+        steps += [preview.step for preview in engine.tick().previews]
+    return steps
+
+
+def test_previews_keep_their_cadence_through_changes_and_on_another_engine() -> None:
+    spec = image(0, steps=12, preview_interval=5)
+    first = Engine(networks(), capacity=1)
+    first.admit(spec)
+    assert previews_of(first, ticks=3) == []
+    second = Engine(networks(), capacity=1)
+    second.admit(replace(spec, resume=first.suspend()[0]))
+    assert previews_of(second, ticks=5) == [5]
+
+    def change(old: Image, op: Op) -> Image:
+        return replace(change_to(steps=12)(old, op), resume=None)
+
+    second.change(0, change)
+    assert previews_of(second) == [10]
+
+
+def test_previews_are_counted_from_a_new_start() -> None:
+    engine = Engine(networks(), capacity=1)
+    engine.admit(image(0, steps=12, strength=1.0, preview_interval=5))
+    assert previews_of(engine, ticks=3) == []
+    later = image(0, steps=12, strength=0.75, preview_interval=5)
+    engine.change(0, lambda old, op: later, restart=True)
+    # Three evaluations that are void now, then five of the new nine.
+    assert previews_of(engine) == [8]
+
+
 @pytest.mark.parametrize("sampler", ["H1P1R2", "flowedit"])
 def test_a_preview_is_what_the_program_expects(sampler: str) -> None:
     spec = image(0, sampler=sampler, steps=4, strength=1.0, preview_interval=1)
@@ -415,8 +469,21 @@ def test_residual_guidance_runs_beside_others() -> None:
         torch.testing.assert_close(done[spec.handle].double(), alone(spec), rtol=1e-5, atol=1e-5)
 
 
-def test_many_sizes_do_not_fill_the_memory() -> None:
-    engine = Engine({"base": Field()}, capacity=1)
-    for width in range(1, 40):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("step", [run_step, CompiledStep("eager")], ids=["plain", "compiled"])
+def test_many_sizes_do_not_fill_the_memory(step: StepFunction) -> None:
+    engine = Engine({"base": Field((1,))}, capacity=1, step=step)
+    alive: WeakSet[SlotTable] = WeakSet()
+    for width in range(1, MAX_LAYOUTS + 4):
         drive(engine, [image(width, steps=1, shape=(2, 3, width))])
-    assert len(engine._tables) <= 16
+        alive.update(engine._tables.values())
+    gc.collect()
+    assert len(engine._tables) == len(alive) == MAX_LAYOUTS
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_a_compiled_step_goes_on_where_programs_outgrow_their_table() -> None:
+    engine = Engine({"base": Field((1,))}, capacity=1, step=CompiledStep("eager"))
+    for steps in (8, 40, 100):
+        spec = image(0, steps=steps)
+        torch.testing.assert_close(drive(engine, [spec])[0].double(), alone(spec), rtol=1e-4, atol=1e-4)

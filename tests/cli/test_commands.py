@@ -148,9 +148,29 @@ def test_samplers_are_listed_and_shown() -> None:
     assert "refiner" in shown
     perflow = run("samplers", "show", "perflow[prediction=diff_eps]", "--steps", "4").output
     assert "3.485786" in perflow
-    refused = run("samplers", "show", "R2")
-    assert refused.exit_code == 1
-    assert refused.stderr.startswith("streamflow: sampler: got 'R2'; allowed: a first block")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["R2"], 1, "streamflow: sampler: got 'R2'; allowed: a first block"),
+        (["blocks"], 1, "streamflow: sampler: got 'blocks'"),
+        (["euler", "--steps", "0"], 2, "--steps"),
+        (["euler", "--steps", "-1"], 2, "--steps"),
+        (
+            ["perflow[prediction=diff_eps]", "--steps", "2000"],
+            1,
+            "steps: got 2000; allowed: at most 996 with 4 windows",
+        ),
+        (["euler", "--guidance-scale", "nan"], 1, "guidance_scale: got nan"),
+        (["euler", "--guidance-scale", "-5"], 1, "guidance_scale: got -5.0; allowed: 0 to 100"),
+    ],
+)
+def test_samplers_that_cannot_be_shown_are_refused(arguments: list[str], code: int, says: str) -> None:
+    refused = run("samplers", "show", *arguments)
+    assert refused.exit_code == code
+    assert says in refused.stderr
+    assert isinstance(refused.exception, SystemExit)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,7 @@ async def test_what_no_process_could_mend_is_refused_before_any_is_started(tmp_p
         ({"log_dir": file}, "a folder"),
         ({"redis_url": "redis://127.0.0.1:1/0"}, "the Redis at 127.0.0.1:1 cannot be used"),
         ({"redis_url": "garbage"}, "the Redis at garbage cannot be used"),
+        ({"redis_url": "redis://:secret@[bad"}, r"the Redis at \[bad cannot be used"),
     ]
     with taken:
         for options, says in cases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -41,10 +42,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _tallies:
         return
     terminalreporter.section("faults")
-    terminalreporter.write_line(
-        f"{'fault':<60} {'requests':>8} {'lost':>5} {'wrong':>6} {'recovery s':>11} {'took s':>7}"
-    )
+    terminalreporter.write_line(_line("fault", "requests", "lost", "wrong", "recovery s", "took s"))
     for one in _tallies:
-        recovery = "" if one.recovery_s is None else f"{one.recovery_s:.2f}"
-        counts = f"{one.requests:>8} {len(one.lost):>5} {len(one.wrong):>6} {recovery:>11} {one.seconds:>7.1f}"
-        terminalreporter.write_line(f"{one.fault:<60} {counts}")
+        terminalreporter.write_line(_line(*_cells(one)))
+    path = os.environ.get("STREAMFLOW_FAULTS_TABLE", "")
+    if path and not terminalreporter.stats.get("failed"):
+        Path(path).write_text(_table(), "utf-8")
+        terminalreporter.write_line(f"written to {path}")
+
+
+def _cells(one: Tally) -> tuple[str, ...]:
+    recovery = "" if one.recovery_s is None else f"{one.recovery_s:.2f}"
+    counts = f"{one.requests}", f"{len(one.lost)}", f"{len(one.wrong)}"
+    return one.fault, *counts, recovery, f"{one.seconds:.1f}"
+
+
+def _line(fault: str, *numbers: str) -> str:
+    return f"{fault:<72}" + "".join(f"{number:>11}" for number in numbers)
+
+
+def _table() -> str:
+    """Markdown, with the date."""
+    head = "| fault | requests | lost | wrong | recovery s | took s |\n|---|--:|--:|--:|--:|--:|"
+    rows = "\n".join("| " + " | ".join(_cells(one)) + " |" for one in _tallies)
+    when = time.strftime("%Y-%m-%d", time.gmtime())
+    return (
+        "# The fault matrix\n\n"
+        f"Written by `make nightly` on {when}, on {os.cpu_count()} CPU cores. What the rows are, and what is\n"
+        "promised, is told in [reliability.md](reliability.md).\n\n"
+        f"{head}\n{rows}\n"
+    )

@@ -20,7 +20,7 @@ import redis.asyncio as redis
 from streamflow.cli.supervisor import COMMANDS, LocalDeployment
 from streamflow.client import AsyncClient, ImageReady
 from streamflow.errors import NotFoundError, StreamFlowError
-from streamflow.types import JobState
+from streamflow.types import JobState, Stage
 from tests.faults.light_stage import picture
 
 LEASE_S = 2.0
@@ -187,9 +187,10 @@ async def leftovers(store: Any) -> dict[str, Any]:
             found[name] = number
     if number := await store.scard(prefix + "under_way"):
         found["under_way"] = number
-    async for key in store.scan_iter(match=prefix.replace("{", "\\{") + "*code:*"):
-        if number := await store.xlen(key):
-            found[key.decode()] = number
+    for stage in Stage:
+        async for key in store.scan_iter(match=f"{prefix}{stage.value}:*"):
+            if number := await store.xlen(key):
+                found[key.decode()] = number
     reserved = int(await store.hget(prefix + "meta", "reserved") or 0)
     # By the books, not by the keys: Redis lets results expire a moment before the reaper notices.
     stored = 0

@@ -41,7 +41,7 @@ def run_program(
         )
         if mask is not None:
             x = mask * x + (1 - mask) * (op.k_z * z0 + op.k_n * noise)
-            c = mask * c + (1 - mask) * (noise - z0)
+            c = c + op.k_c * (1 - mask) * (noise - z0 - c)
     return x
 
 

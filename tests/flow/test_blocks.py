@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamflow.errors import InvalidRequestError
-from streamflow.flow.guidance import Guidance, GuidanceMode
+from streamflow.flow.guidance import Guidance, GuidanceMode, read_interval
 from streamflow.flow.programs import REFINER, Role
-from streamflow.flow.samplers import SamplerRequest, compile_sampler
-from streamflow.flow.spec import FlowSpec, RefinerSpec
+from streamflow.flow.samplers import SamplerRequest, compile_sampler, served
+from streamflow.flow.spec import FlowSpec, RefinerSpec, WindowSpec
 from tests.flow.reference import run_program
 
 FLOW = FlowSpec(evaluates_data=True, refiner=RefinerSpec(max_step=1.0))
@@ -210,6 +210,23 @@ def test_guidance_in_an_interval_drops_the_second_row() -> None:
     assert compile_sampler("euler", SamplerRequest(5), FLOW).roles == {Role.TARGET}
 
 
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+def test_guidance_in_an_interval_is_the_same_for_a_request_that_carries_float32(steps: int) -> None:
+    for ends in ((0.9, 0.1), (0.8, 0.2), (0.7, 0.3), (0.6, 0.4)):
+        programs = [
+            compile_sampler("euler", SamplerRequest(steps, Guidance(3.0, *given)), FLOW)
+            for given in (ends, map(float, np.array(ends, np.float32)))
+        ]
+        assert programs[0].ops == programs[1].ops
+
+
+@pytest.mark.parametrize("value", [None, 0.5, (1,), (1, 0.5, 0.2), ("a", "b")])
+def test_an_interval_has_two_ends(value: object) -> None:
+    with pytest.raises(InvalidRequestError, match=r"guidance_interval: got .* such as \(0\.9, 0\.2\)"):
+        read_interval(value)  # type: ignore[arg-type]
+    assert read_interval([np.float32(1), 0]) == (1.0, 0.0)
+
+
 def test_the_refiner_runs_one_row_unless_it_was_trained_with_guidance() -> None:
     for guided in (False, True):
         flow = FlowSpec(evaluates_data=True, refiner=RefinerSpec(1.0, guided=guided))
@@ -234,6 +251,10 @@ def test_the_refiner_runs_one_row_unless_it_was_trained_with_guidance() -> None:
         ("euler[a=1]", "the options shift"),
         ("euler[shift]", "the options shift"),
         ("euler[shift=2,shift=2]", "once each"),
+        ("euler[,]", "the options shift"),
+        ("euler[shift=2,]", "the options shift"),
+        ("euler" + 200 * " ", "at most 200 characters"),
+        (100 * "E1H1", "at most 200 characters"),
         ("heun[shift=nan]", r"shift = 0\.01 to 100"),
         ("heun[shift=x]", r"shift = 0\.01 to 100"),
         ("instaflow[shift=2]", "no options"),
@@ -248,6 +269,13 @@ def test_the_refiner_runs_one_row_unless_it_was_trained_with_guidance() -> None:
 def test_what_cannot_run_is_refused(sampler: str, says: str) -> None:
     with pytest.raises(InvalidRequestError, match=says):
         compile_sampler(sampler, SamplerRequest(8), FLOW)
+
+
+@pytest.mark.parametrize("windows", [None, WindowSpec()])
+def test_what_is_listed_can_be_asked_for(windows: WindowSpec | None) -> None:
+    flow = FlowSpec(windows=windows)
+    for name in served(flow):
+        assert len(compile_sampler(name, SamplerRequest(8, strength=1.0), flow)) >= 8
 
 
 def test_a_refiner_that_is_not_there_is_refused_and_a_step_beyond_its_range_warns() -> None:

@@ -66,11 +66,14 @@ def test_an_edit_under_way_goes_on_as_it_would_have(resume_at: int) -> None:
     assert rest.ops == tuple(op for op in whole.ops if op.step >= resume_at)
 
 
-def test_equal_texts_leave_the_image_as_it_is() -> None:
+@pytest.mark.parametrize("mask", [None, np.array([1.0, 0.9, 0.6, 0.5, 0.1, 0.0])])
+def test_equal_texts_leave_the_image_as_it_is(mask: np.ndarray | None) -> None:
     program = compile_sampler("flowedit", SamplerRequest(8, strength=0.75), FlowSpec())
-    got = run_program(
-        program, lambda y, t, role: field(y, t, Role.TARGET), NOISE, source=SOURCE, draw=lambda number: DRAWS[number]
-    )
+
+    def same(y: np.ndarray, timestep: float, role: Role) -> np.ndarray:
+        return field(y, timestep, Role.TARGET)
+
+    got = run_program(program, same, NOISE, source=SOURCE, mask=mask, draw=lambda number: DRAWS[number])
     np.testing.assert_allclose(got, SOURCE, rtol=0, atol=1e-12)
 
 

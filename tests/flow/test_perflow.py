@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.perflow import Windows, perflow
 from streamflow.flow.programs import Op
@@ -66,6 +67,18 @@ def test_timesteps(steps: int, timesteps: list[int]) -> None:
 def test_the_published_scheduler_cuts_times_and_exact_ones_do_not() -> None:
     assert [op.timestep for op in ops(20)][-2:] == pytest.approx([99, 49])
     assert [op.timestep for op in ops(20, options="exact=true")][-2:] == pytest.approx([100, 50])
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("count", [1, 4, 7, 100])
+def test_as_many_steps_as_there_are_times_and_no_more(count: int, exact: bool) -> None:
+    most = Windows(None, count).max_steps(exact=exact)
+    options = f"windows={count},exact={str(exact).lower()}"
+    timesteps = [op.timestep for op in ops(most, options=options)]
+    assert len(set(timesteps)) == most > (9000 if exact else 890)
+    assert timesteps == sorted(timesteps, reverse=True)
+    with pytest.raises(InvalidRequestError, match=f"steps: got {most + 1}; allowed: at most {most} with {count} windo"):
+        ops(most + 1, options=options)
 
 
 @pytest.mark.parametrize("count", [3, 6, 7])

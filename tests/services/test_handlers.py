@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 from dataclasses import replace
@@ -303,6 +304,30 @@ async def test_output_options_reach_the_file_and_metadata_holds_no_prompt(rig: R
     assert metadata["seed"] == 7
     assert b"a red" not in stored.data
     assert "prompt" not in metadata
+
+
+async def test_metadata_says_all_that_makes_the_image_again(rig: Rig) -> None:
+    mode = types_pb2.GuidanceOptions(mode=types_pb2.GUIDANCE_MODE_SELF_NEGATIVE, residual_strength=0.7)
+    interval = types_pb2.GuidanceOptions(start_sigma=0.9, end_sigma=0.2)
+    plain = await embedded(rig, rig.spec())
+    assert "strength" not in plain
+    blob = await rig.transport.put_blob(encode_image(PICTURE, ImageFormat.PNG), keep_s=60)
+    for fields, more in (
+        ({"guidance": mode}, {"guidance_mode": "self-negative", "residual_strength": 0.7}),
+        ({"guidance": interval}, {"guidance_interval": [0.9, 0.2]}),
+        ({"strength": 0.6}, {"strength": 0.6}),
+    ):
+        spec = rig.spec(**fields)
+        spec.init_image_blob = blob if "strength" in fields else ""
+        assert await embedded(rig, spec) == plain | more
+
+
+async def embedded(rig: Rig, spec: types_pb2.JobSpec) -> dict[str, object]:
+    """What a file of this image says of its making."""
+    spec.request.output.embed_metadata = True
+    await rig.admit(spec, name=hashlib.sha256(spec.SerializeToString()).hexdigest())
+    stored = await through(rig)
+    return dict(json.loads(Image.open(io.BytesIO(stored.data)).info["streamflow"]))
 
 
 async def test_a_strength_that_leaves_no_step_is_no_specification(rig: Rig) -> None:

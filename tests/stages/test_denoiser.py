@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +40,13 @@ def job(seed: int = 0, **changes: object) -> DenoiseJob:
         "width": 64,
     }
     return DenoiseJob(**fields | changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "perflow", "perflow[windows=6]", "H2P1"])
+def test_a_stage_warms_up_with_the_checkpoints_own_sampler(sd_checkpoint: Path, tmp_path: Path, sampler: str) -> None:
+    shutil.copytree(sd_checkpoint, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "streamflow.json").write_text(json.dumps({"default_steps": 6, "default_sampler": sampler}))
+    DenoiserStage.load(tmp_path, device="cpu", slots=1).warm_up()
 
 
 async def test_concurrent_jobs_mix_timesteps_and_equal_the_script(stage: DenoiserStage) -> None:

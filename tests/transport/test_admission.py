@@ -153,6 +153,14 @@ async def test_a_tenant_may_have_so_many_jobs_at_once(world):
         await transport.admit(new_job("f", tenant="t"))
 
 
+async def test_a_call_whose_answer_was_lost_is_not_taken_for_somebody_elses(transport):
+    assert not (await transport.admit(new_job(nonce="first"))).attached
+    assert not (await transport.admit(new_job(nonce="first"))).attached
+    assert (await transport.admit(new_job(nonce="second"))).attached
+    assert (await transport.admit(new_job())).attached
+    assert (await transport.backlog())["encode"] == 1
+
+
 async def test_clocks_of_the_past_are_forgotten(redis_world, deployment):
     transport = redis_world.open(limits=Limits(tenant_images_per_minute=6000))
     for k in range(3):

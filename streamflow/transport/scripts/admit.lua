@@ -1,21 +1,22 @@
--- id, digest, spec, images, tenant, timeout_s, priority, work and bytes of an image, watch lease or '', trace,
+-- id, digest, spec, images, tenant, timeout_s, priority, work and bytes of an image, watch lease or '', trace, nonce,
 -- most jobs, jobs of a tenant, bytes, and images of a tenant in a minute (0 = any number)
 -- -> {'admitted' or 'attached', admitted_at, deadline_at} | {'exists'} | {'busy' or 'late', retry_after_s, why}
 local _, id, digest, spec, images, tenant, timeout_s, priority, work, share, watch_s, trace = unpack(ARGV, 1, 12)
-local max_jobs, max_tenant_jobs, max_bytes, per_minute = unpack(ARGV, 13)
+local nonce, max_jobs, max_tenant_jobs, max_bytes, per_minute = unpack(ARGV, 13)
 local key = job_key(id)
 images, per_minute = tonumber(images), tonumber(per_minute)
 
-local known = redis.call('HMGET', key, 'digest', 'admitted', 'deadline')
+local known = redis.call('HMGET', key, 'digest', 'admitted', 'deadline', 'nonce')
 if known[1] then
   if known[1] ~= digest then return {'exists'} end
-  return {'attached', known[2], known[3]}
+  -- The same call again: its first answer was lost.
+  return {nonce ~= '' and known[4] == nonce and 'admitted' or 'attached', known[2], known[3]}
 end
 
 -- First the write that is refused when memory is full.
 local deadline = NOW + timeout_s
 redis.call('HSET', key, 'digest', digest, 'spec', spec, 'images', images, 'left', images, 'tenant', tenant,
-  'trace', trace, 'share', share, 'work', work, 'state', 'queued', 'revision', C.revision,
+  'trace', trace, 'nonce', nonce, 'share', share, 'work', work, 'state', 'queued', 'revision', C.revision,
   'admitted', seconds(NOW), 'deadline', seconds(deadline))
 
 local function refuse(kind, why, retry_after_s)

@@ -14,7 +14,15 @@ end
 -- (t) with their work (w), and the slot-seconds (busy) that work (done) took while every slot was in use.
 local function measure()
   local work, released = unpack(redis.call('HMGET', job_key(id), 'work', 'r' .. index))
-  local time = NOW - (released or NOW)
+  local reaped, steady_since = unpack(redis.call('HMGET', META, 'reaped', 'steady_since'))
+  released = tonumber(released)
+  -- A clock that jumped has measured nothing. Somebody reaps every second, and notes when.
+  if math.abs(NOW - (reaped or NOW)) > C.reap_gap_s or not released or released > NOW
+    or released < tonumber(steady_since or 0) then
+    redis.call('HSET', META, 'last_done', seconds(NOW))
+    return
+  end
+  local time = NOW - released
   local terms = {n = 1, w = work, t = time, ww = work * work, wt = work * time}
   local slots = num_slots()
   if redis.call('SCARD', UNDER_WAY) >= slots then

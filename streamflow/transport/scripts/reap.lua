@@ -14,9 +14,12 @@ due(OPEN, function(id)
   end_job(id, 'deadline', 'deadline', {'DEADLINE_EXCEEDED', 'the deadline passed before every image was finished', ''})
 end)
 
--- While nobody reaped, nobody could renew either.
+-- While nobody reaped, nobody could renew either; or the clock jumped.
 local last = tonumber(redis.call('HGET', META, 'reaped') or NOW)
-if NOW - last > C.reap_gap_s then redis.call('HSET', META, 'watch_grace', seconds(NOW + C.watch_grace_s)) end
+if math.abs(NOW - last) > C.reap_gap_s then
+  redis.call('HSET', META, 'watch_grace', seconds(NOW + C.watch_grace_s), 'steady_since', seconds(NOW),
+    'last_done', seconds(NOW))
+end
 redis.call('HSET', META, 'reaped', seconds(NOW))
 if NOW >= tonumber(redis.call('HGET', META, 'watch_grace') or 0) then
   due(WATCH, function(id)
