@@ -7,12 +7,15 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
+import grpc.aio
 import pytest
 
 from streamflow.client import AsyncClient
 from streamflow.errors import AlreadyExistsError, DeadlineError, GenerationError
 from streamflow.types import JobState
+from streamflow.v1 import gateway_pb2_grpc, types_pb2
 from tests.faults.harness import (
     Asked,
     Drained,
@@ -114,6 +117,39 @@ async def test_15_cancelled_work_stops_at_once(tally: Tally) -> None:
         await check(deployment, client, sent, tally)
     # Each would have made a hundred steps of 0.1 s; a beat comes every 5 s.
     assert 0 < drained.counters["steps_total"] < 8 * 30
+
+
+async def test_20_bad_input_beside_good(tally: Tally) -> None:
+    """Refused with INVALID_ARGUMENT, never UNKNOWN, while others are served; the space of it is in tests/properties."""
+    sent = requests(12, "good", steps=40)
+    generate = "/streamflow.v1.Gateway/Generate"
+    bad = [b"\xff" * 100, b"\x0a\x05ab", b"\x1a\x02\xff\xfe", b"\x1a\x01a" + b"\x0b" * 5000, bytes(1000)]
+    hostile: list[dict[str, Any]] = [
+        {"steps": 0},
+        {"steps": 2**31},
+        {"width": 65},
+        {"guidance_scale": float("nan")},
+        {"num_images": 10**6},
+        {"sampler": "euler[" + "," * 10_000 + "]"},
+        {"request_id": "../" * 10},
+        {"init_image": b"\x89PNG\r\n\x1a\n" + bytes(100)},
+    ]
+    async with light_deployment(slots=8) as deployment, AsyncClient(deployment.address) as client:
+        work = asyncio.create_task(everything(client, sent))
+        async with grpc.aio.insecure_channel(deployment.address) as channel:
+            raw = channel.unary_stream(generate)
+            for data in bad * 4:
+                with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                    async for _ in raw(data):
+                        pass
+                assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT, refusal.value
+            stub: Any = gateway_pb2_grpc.GatewayStub(channel)
+            for fields in hostile * 4:
+                with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                    await stub.Submit(types_pb2.GenerateRequest(prompts=["a"], **fields))
+                assert refusal.value.code() is grpc.StatusCode.INVALID_ARGUMENT, refusal.value
+        await work
+        await check(deployment, client, sent, tally)
 
 
 async def test_21_clients_killed_in_the_middle(tally: Tally) -> None:
