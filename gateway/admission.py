@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from streamflow.config import GatewaySettings
 from streamflow.errors import DeadlineError, InvalidRequestError
@@ -107,9 +108,19 @@ def num_images(request: types_pb2.GenerateRequest) -> int:
 
 
 def work(request: types_pb2.GenerateRequest, card: ModelCard) -> float:
-    """What each image of a filled-in request costs: network rows, where one of the default size is 1."""
-    pixels = request.width * request.height / (card.default_width * card.default_height)
+    """What each image of a request costs: network rows, where one of the default size is 1."""
+    width, height = request.width or card.default_width, request.height or card.default_height
+    pixels = width * height / (card.default_width * card.default_height)
     return max(_program(request, card).rows * pixels, 1e-3)
+
+
+def works(requests: Sequence[types_pb2.GenerateRequest], card: ModelCard) -> dict[int, float]:
+    """The work of each request that can run, by its position."""
+    found = {}
+    for position, request in enumerate(requests):
+        with suppress(InvalidRequestError):
+            found[position] = work(request, card)
+    return found
 
 
 def reserved_bytes(request: types_pb2.GenerateRequest) -> int:

@@ -10,12 +10,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from gateway import admission, images
+from gateway.budget import check_budget, choices, choose
 from gateway.story import Story
 from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.telemetry import Counters, fingerprint, get_logger
 from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport
+from streamflow.transport.policy import HEADROOM
 from streamflow.types import ModelCard
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -91,13 +93,19 @@ class Pipeline:
             InvalidRequestError, DeadlineError: it cannot be served.
             AlreadyExistsError, BusyError, UnavailableError: from the transport.
         """
+        digest = admission.digest(request)
+        if request.HasField("time_budget_s"):
+            remaining_s = min(
+                request.time_budget_s, self._settings.max_timeout_s if remaining_s is None else remaining_s
+            )
+        request = await self._within_budget(request)
         seed, request_id = secrets.randbits(64), secrets.token_hex(16)
         filled = admission.fill_in(request, card=self._card, settings=self._settings, request_id=request_id, seed=seed)
         timeout_s = admission.timeout_s(remaining_s, self._settings)
         key = JobKey(tenant, filled.request_id)
         spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
         stored = await self._store_images(request, spec)
-        new = self._new_job(key, spec, digest=admission.digest(request), timeout_s=timeout_s, detach=detach)
+        new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach)
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
@@ -172,6 +180,21 @@ class Pipeline:
             raise
         self._counters.add("attached_total" if attached else "admitted_total")
         return attached
+
+    async def _within_budget(self, request: types_pb2.GenerateRequest) -> types_pb2.GenerateRequest:
+        """The request itself, or with what was chosen for its time budget."""
+        check_budget(request, self._card, self._settings)
+        if not request.HasField("time_budget_s"):
+            return request
+        found = choices(request, self._card)
+        # The one with the most steps can run if any can: a strength may leave the others without a step.
+        most = found[-1].apply(request, None)
+        admission.check(most, card=self._card, settings=self._settings)
+        works = admission.works([choice.apply(request, None) for choice in found], self._card)
+        expected_s = await self._transport.expected_s(list(works.values()), num_images=admission.num_images(request))
+        budget_s = request.time_budget_s / HEADROOM
+        chosen, decoder = choose([found[k] for k in works], expected_s, budget_s=budget_s, card=self._card)
+        return chosen.apply(request, decoder)
 
     async def _store_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec) -> list[bytes]:
         """Stores init image and mask for a minute, enough to be admitted: those of a refused request soon go."""

@@ -50,6 +50,7 @@ class Story:
             width=request.width,
             height=request.height,
             estimate_s=view.estimate_s,
+            decoder=request.output.decoder,
         )
         return self._event(accepted=accepted)
 

@@ -16,6 +16,8 @@ def generate(
     output: making.OutputOption = "streamflow-{seed}.{suffix}",
     negative_prompt: making.NegativePrompt = None,
     steps: making.Steps = None,
+    time_budget: making.TimeBudget = None,
+    min_steps: making.MinSteps = None,
     guidance_scale: making.GuidanceScale = None,
     guidance_interval: making.GuidanceInterval = None,
     guidance_mode: making.GuidanceMode = None,
@@ -53,12 +55,15 @@ def generate(
         streamflow generate "a cyan star" "an orange ring" -n 4 -o "out/{index}-{seed}.png" --guidance-scale 3
         streamflow generate "a yellow triangle" --sampler H1P5R2 -o triangle.webp
         streamflow generate "a green cross" --steps 25 --preview-every 5 --json
+        streamflow generate "a blue star" --time-budget 0.5 --min-steps 2 -o star.png
     """
     from streamflow.client import GenerateOptions
 
     options = GenerateOptions(
         negative_prompt=negative_prompt,
         steps=steps,
+        time_budget_s=time_budget,
+        min_steps=min_steps,
         guidance_scale=guidance_scale,
         guidance_interval=making.interval_of(guidance_interval),
         guidance_mode=guidance_mode,

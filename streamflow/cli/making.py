@@ -25,6 +25,11 @@ OutputOption = Annotated[
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What to steer away from, with guidance above 1.")]
 Steps = Annotated[int | None, typer.Option(help="Steps of the sampler's schedule.")]
+TimeBudget = Annotated[
+    float | None,
+    typer.Option(metavar="SECONDS", help="In place of steps: the server chooses what fits into this time."),
+]
+MinSteps = Annotated[int | None, typer.Option(help="With --time-budget: no fewer steps.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none.")]
 GuidanceInterval = Annotated[
     str | None,

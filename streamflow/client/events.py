@@ -79,6 +79,7 @@ class Accepted:
     width: int
     height: int
     estimate_s: float | None = None
+    decoder: DecoderKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +192,7 @@ def _accepted(request_id: str, accepted: gateway_pb2.Accepted) -> Accepted:
         width=accepted.width,
         height=accepted.height,
         estimate_s=accepted.estimate_s if accepted.HasField("estimate_s") else None,
+        decoder=decoder_from_pb(accepted.decoder) if accepted.decoder else None,
     )
 
 

@@ -26,6 +26,7 @@ _ALLOWED: Mapping[int, str] = {
     FieldDescriptor.TYPE_UINT32: "an integer from 0 to 2**32 - 1",
     FieldDescriptor.TYPE_UINT64: "an integer from 0 to 2**64 - 1",
     FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_DOUBLE: "a number",
     FieldDescriptor.TYPE_STRING: "text that UTF-8 can carry",
     FieldDescriptor.TYPE_BOOL: "True or False",
 }
@@ -39,6 +40,8 @@ class GenerateOptions(TypedDict, total=False):
     Attributes:
         negative_prompt: what to steer away from; it has an effect only where guidance_scale > 1.
         steps: of the sampler's schedule; some samplers evaluate the network twice in a step.
+        time_budget_s: in place of steps: how long the request may take. The server chooses steps (`min_steps` at
+            least), and sampler and decoder where they are left out, and reports them with `Accepted`.
         guidance_scale: classifier-free guidance; 1 or less = the conditional prediction alone.
         seed: of image 0, in [0, 2**64); image k (over all prompts, in order) uses seed + k. Left out, it follows from
             the request id, so it differs from request to request.
@@ -66,6 +69,8 @@ class GenerateOptions(TypedDict, total=False):
 
     negative_prompt: str | None
     steps: int | None
+    time_budget_s: float | None
+    min_steps: int | None
     guidance_scale: float | None
     guidance_interval: tuple[float, float] | None
     guidance_mode: str | None

@@ -250,6 +250,10 @@ class Transport(Protocol):
 
     async def queue_position(self, job_id: str) -> QueuePosition: ...
 
+    async def expected_s(self, works: Sequence[float], *, num_images: int) -> list[float | None]:
+        """How long jobs of so much work an image would take if they came now; None while there is nothing to go by."""
+        ...
+
     def subscribe(self, job_id: str) -> AbstractAsyncContextManager[AsyncIterator[bytes | None]]:
         """Wake-ups of a job: published events, and None when only the state changed. Lossy; the job is the truth.
 

@@ -132,6 +132,10 @@ class MemoryTransport:
         work = self._state.work_before(ahead)
         return QueuePosition(ahead, self._state.estimate_s(work, job.new.work, len(job.live())))
 
+    async def expected_s(self, works: Sequence[float], *, num_images: int) -> list[float | None]:
+        ahead = self._state.work_before(len(self._state.waiting))
+        return [self._state.estimate_s(ahead, work, num_images) for work in works]
+
     @asynccontextmanager
     async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
         with self._boxes.open(job_id) as queue:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+HEADROOM = 1.25
+"""An estimate may be exceeded by this factor."""
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -24,7 +27,7 @@ class Policy:
         max_dead: of them; the oldest go first.
         retry_s: pause before the attempt after one that failed; twice as long before the next one.
         memory: what a measured image counts for after each further one.
-        headroom: an estimate may be exceeded by this factor; what would then be late is refused.
+        headroom: what would be late if its estimate were exceeded by this factor is refused.
         fresh_s: estimates without a measurement for so long refuse nobody.
         work_s: what one unit of work is taken to need before the first measurement.
         max_cached_bytes: of cached values; those that expire first go first.
@@ -46,7 +49,7 @@ class Policy:
     max_dead: int = 1000
     retry_s: float = 0.25
     memory: float = 0.95
-    headroom: float = 1.25
+    headroom: float = HEADROOM
     fresh_s: float = 60.0
     work_s: float = 0.05
     max_cached_bytes: int = 128 * 2**20

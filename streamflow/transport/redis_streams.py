@@ -178,6 +178,10 @@ class RedisTransport:
         ahead, estimate_s = found
         return QueuePosition(None if ahead < 0 else ahead, float(estimate_s) if estimate_s else None)
 
+    async def expected_s(self, works: Sequence[float], *, num_images: int) -> list[float | None]:
+        found = await self._calls.script("expected", num_images, *works)
+        return [float(seconds) if seconds else None for seconds in found]
+
     @asynccontextmanager
     async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
         async with self._events.listen(self._keys.events(job_id)) as queue:

@@ -28,7 +28,7 @@ class GenerateEvent(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., preview: _Optional[_Union[Preview, _Mapping]] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., warning: _Optional[_Union[Warning, _Mapping]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("seed", "num_images", "model", "model_revision", "attached", "steps", "guidance_scale", "sampler", "width", "height", "estimate_s")
+    __slots__ = ("seed", "num_images", "model", "model_revision", "attached", "steps", "guidance_scale", "sampler", "width", "height", "estimate_s", "decoder")
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_IMAGES_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,7 @@ class Accepted(_message.Message):
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_S_FIELD_NUMBER: _ClassVar[int]
+    DECODER_FIELD_NUMBER: _ClassVar[int]
     seed: int
     num_images: int
     model: str
@@ -51,7 +52,8 @@ class Accepted(_message.Message):
     width: int
     height: int
     estimate_s: float
-    def __init__(self, seed: _Optional[int] = ..., num_images: _Optional[int] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., attached: bool = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., estimate_s: _Optional[float] = ...) -> None: ...
+    decoder: _types_pb2.DecoderKind
+    def __init__(self, seed: _Optional[int] = ..., num_images: _Optional[int] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., attached: bool = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., estimate_s: _Optional[float] = ..., decoder: _Optional[_Union[_types_pb2.DecoderKind, str]] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("position", "estimate_s")

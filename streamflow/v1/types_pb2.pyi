@@ -93,7 +93,7 @@ class OutputOptions(_message.Message):
     def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., decoder: _Optional[_Union[DecoderKind, str]] = ..., embed_metadata: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach", "source_prompt", "guidance")
+    __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach", "source_prompt", "guidance", "time_budget_s", "min_steps")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,8 @@ class GenerateRequest(_message.Message):
     DETACH_FIELD_NUMBER: _ClassVar[int]
     SOURCE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
+    TIME_BUDGET_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompts: _containers.RepeatedScalarFieldContainer[str]
@@ -138,7 +140,9 @@ class GenerateRequest(_message.Message):
     detach: bool
     source_prompt: str
     guidance: GuidanceOptions
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ..., source_prompt: _Optional[str] = ..., guidance: _Optional[_Union[GuidanceOptions, _Mapping]] = ...) -> None: ...
+    time_budget_s: float
+    min_steps: int
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ..., source_prompt: _Optional[str] = ..., guidance: _Optional[_Union[GuidanceOptions, _Mapping]] = ..., time_budget_s: _Optional[float] = ..., min_steps: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "stage")

@@ -53,6 +53,7 @@ async def test_estimates_go_by_the_work(transport):
         await transport.cancel(f"asked-{work}")
     assert expected[0] < expected[1] < expected[2]
     assert expected[2] > 0.5
+    assert await transport.expected_s([1.0, 4.0, 40.0], num_images=1) == pytest.approx(expected, rel=0.01)
 
 
 async def test_what_cannot_end_in_time_is_refused_at_once(transport):
