@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
+from gateway.budget import check_budget
 from streamflow.config import GatewaySettings
 from streamflow.errors import DeadlineError, InvalidRequestError
 from streamflow.flow.programs import Program
@@ -53,6 +54,7 @@ def fill_in(
     check(request, card=card, settings=settings)
     filled = types_pb2.GenerateRequest()
     filled.CopyFrom(request)
+    filled.DiscardUnknownFields()
     filled.ClearField("init_image")
     filled.ClearField("mask_image")
     filled.request_id = request.request_id or request_id
@@ -79,6 +81,7 @@ def check(request: types_pb2.GenerateRequest, *, card: ModelCard, settings: Gate
     _check_true_guidance(request, card)
     _check_size(request, card, settings)
     _check_images(request, settings)
+    check_budget(request, card, settings)
     _check_sampling(request, card)
     _check_output(request, card)
 
@@ -138,7 +141,8 @@ def _check_identity(request: types_pb2.GenerateRequest, card: ModelCard) -> None
 
 def _check_prompts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
     if request.class_labels:
-        raise InvalidRequestError("class_labels", list(request.class_labels), "none", f"{card.name} takes prompts")
+        given = f"{len(request.class_labels)} labels"
+        raise InvalidRequestError("class_labels", given, "none", f"{card.name} takes prompts")
     if not 1 <= len(request.prompts) <= settings.max_prompts:
         raise InvalidRequestError("prompts", f"{len(request.prompts)} prompts", f"1 to {settings.max_prompts}")
     for number, prompt in enumerate(request.prompts):

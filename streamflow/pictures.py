@@ -6,6 +6,7 @@ Bytes, format and pixels of a file are judged by its header before anything is d
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,10 @@ from streamflow.errors import InvalidRequestError
 MAX_PIXELS = 4_000_000
 """Of a file, unless the caller has another limit."""
 
+MAX_PARTS = 300
+"""Segments and scans of a JPEG, chunks of a PNG beside its pixels: each takes a few bytes, and costs time or memory."""
+
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 MAX_FILE_BYTES = 64 * 2**20
 
 Picture = Image.Image | bytes | str | Path
@@ -150,6 +155,9 @@ def read_file(field: str, path: Path) -> bytes:
 
 def _decode(field: str, data: bytes, mode: Mode, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
     kinds = " or ".join(formats)
+    if _parts(data) > MAX_PARTS:
+        given, allowed = f"{len(data)} bytes in very many parts", f"at most {MAX_PARTS} scans, segments or chunks"
+        raise InvalidRequestError(field, given, allowed, "save it again as a plain PNG or JPEG")
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_header(field, image, max_pixels)
@@ -164,6 +172,35 @@ def _decode(field: str, data: bytes, mode: Mode, max_pixels: int, formats: tuple
     except Exception as error:
         hint = "it is damaged or incomplete; save it again"
         raise InvalidRequestError(field, f"{len(data)} bytes", f"a complete {kinds}", hint) from error
+
+
+def _parts(data: bytes) -> int:
+    """How many parts a file has, counted no further than just beyond MAX_PARTS."""
+    if data.startswith(b"\xff\xd8"):
+        return _jpeg_parts(data)
+    return _png_parts(data) if data.startswith(b"\x89PNG") else 0
+
+
+def _jpeg_parts(data: bytes) -> int:
+    """Segments, scans, and the fill bytes before them."""
+    parts, at = 0, 2
+    while parts <= MAX_PARTS and (found := _MARKER.search(data, at)):
+        marker = data[found.end() - 1]
+        if marker == 0xD9:
+            break
+        parts += len(found[0]) - 1
+        at = found.end()
+        if not 0xD0 <= marker <= 0xD8:
+            at += int.from_bytes(data[at : at + 2], "big")
+    return parts
+
+
+def _png_parts(data: bytes) -> int:
+    parts, at = 0, 8
+    while parts <= MAX_PARTS and at + 8 <= len(data):
+        parts += data[at + 4 : at + 8] != b"IDAT"
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return parts
 
 
 def _check_header(field: str, image: Image.Image, max_pixels: int) -> None:

@@ -31,7 +31,7 @@ def check_prompt(field: str, prompt: str, *, max_chars: int, may_be_empty: bool 
     bad = next((c for c in prompt if unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r"), None)
     if bad is not None:
         raise InvalidRequestError(field, prompt, "text without control characters", f"it holds U+{ord(bad):04X}")
-    if not may_be_empty and not prompt.strip():
+    if not may_be_empty and not any(unicodedata.category(c)[0] in "LNPS" for c in prompt):
         raise InvalidRequestError(field, prompt, "at least one visible character", "say what the picture shows")
 
 

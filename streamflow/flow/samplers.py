@@ -74,8 +74,8 @@ class Sampler:
 def parse_sampler(text: str) -> Sampler:
     """Reads a sampler string. Raises InvalidRequestError for names, blocks or options that do not exist."""
     # Texts are kept, as keys of the cache and in jobs.
-    if len(text) > MAX_SAMPLER_CHARS:
-        raise InvalidRequestError("sampler", text, f"at most {MAX_SAMPLER_CHARS} characters")
+    if len(text) > MAX_SAMPLER_CHARS or not text.strip().isprintable():
+        raise InvalidRequestError("sampler", text, f"at most {MAX_SAMPLER_CHARS} printable characters")
     text = text.strip()
     match = _NAMED.fullmatch(text)
     if match is None:

@@ -86,9 +86,9 @@ def first_step(num_steps: int, strength: float, *, round_up: bool) -> int:
         InvalidRequestError: no step would be left.
     """
     # Requests carry float32, in which 0.7 of 10 steps would be 6: all forms count from the same rounded number.
-    strength = round(strength, 6)
+    given, strength = strength, round(strength, 6)
     if not 0 < strength <= 1:
-        raise InvalidRequestError("strength", strength, "greater than 0, at most 1")
+        raise InvalidRequestError("strength", given, "greater than 0, at most 1")
     steps = min(num_steps * strength, num_steps)
     start = int(num_steps - steps) if round_up else num_steps - int(steps)
     if start >= num_steps:

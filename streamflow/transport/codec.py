@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import InvalidRequestError, shorten
 from streamflow.types import Tensors
 from streamflow.v1 import encoder_pb2, types_pb2
 
@@ -63,7 +63,10 @@ def from_pb(
         raise InvalidRequestError(f"{field}.data", f"{len(tensor.data)} bytes", f"{size_bytes} bytes for {shape}")
     if zlib.crc32(tensor.data) != tensor.crc32:
         raise InvalidRequestError(f"{field}.crc32", tensor.crc32, "the CRC-32 of data", "the bytes were changed")
-    array = np.frombuffer(tensor.data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    try:
+        array = np.frombuffer(tensor.data, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+    except ValueError as error:  # a side of 0 beside sides that no array can have
+        raise InvalidRequestError(f"{field}.shape", shape, "a shape that an array can have") from error
     if finite and not np.isfinite(array).all():
         raise InvalidRequestError(field, "NaN or infinity", "finite numbers")
     return array
@@ -100,7 +103,7 @@ def tensors_from_pb(
     if total_bytes > max_bytes:
         raise InvalidRequestError(field, f"{total_bytes} bytes", f"at most {max_bytes} bytes")
     return {
-        name: from_pb(tensor, field=f"{field}[{name}]", max_bytes=max_bytes, finite=finite)
+        name: from_pb(tensor, field=f"{field}[{shorten(name)}]", max_bytes=max_bytes, finite=finite)
         for name, tensor in message.tensors.items()
     }
 

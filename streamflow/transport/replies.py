@@ -47,7 +47,7 @@ def entry_from(stage: Stage, delivery: Delivery, *, now_s: float) -> Entry:
         enqueued_at_s=int(delivery.id.split("-")[0]) / 1000,
         deadline_at_s=deadline_at_s,
         remaining_s=deadline_at_s - now_s,
-        traceparent=fields[b"trace"].decode(),
+        traceparent=fields[b"trace"].decode(errors="replace"),
     )
 
 
@@ -123,4 +123,4 @@ def _ref(fields: Mapping[bytes, bytes]) -> ImageRef:
 
 
 def _payload(fields: Mapping[bytes, bytes]) -> dict[str, bytes]:
-    return {name[2:].decode(): value for name, value in fields.items() if name.startswith(_PAYLOAD)}
+    return {name[2:].decode(errors="replace"): value for name, value in fields.items() if name.startswith(_PAYLOAD)}

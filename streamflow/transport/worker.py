@@ -233,6 +233,10 @@ class StageWorker:
             except _TRANSIENT as error:
                 self._read_backoff.failures += 1
                 log.warning("%s: nothing can be read: %s", self._stage.service, error)
+            except Exception:
+                # What others wrote into the store must not end the stage.
+                self._read_backoff.failures += 1
+                log.exception("%s: what was read cannot be used", self._stage.service)
             else:
                 self._read_backoff.failures = 0
                 for entry in entries:

@@ -29,7 +29,9 @@ end
 
 -- Whoever else writes to the stream must not stop the stage.
 local function is_well_formed(fields)
-  return fields.v == '1' and fields.job and fields.index and fields.trace and tonumber(fields.deadline or '')
+  return fields.v == '1' and fields.trace and string.find(fields.job or '', '^[%w._~-]+$')
+    and string.find(fields.index or '', '^%d%d?%d?%d?$') and #(fields.deadline or '') < 20
+    and string.find(fields.deadline or '', '^%d+%.?%d*$')
 end
 
 -- The fields of an entry that is still its image's place; others are acknowledged here.
@@ -66,7 +68,8 @@ for _, item in ipairs(candidates) do
   local id, deliveries = item[1], item[4]
   local raw, fields = current(id)
   if raw and deliveries >= max_deliveries then
-    give_up(id, fields, deliveries)
+    -- A job that no gateway of ours wrote cannot be ended either.
+    if not pcall(give_up, id, fields, deliveries) then discard(stream, id) end
   elseif raw and #taken < count and (deliveries == 0 or #taken == 0) then
     redis.call('XCLAIM', stream, GROUP, worker, 0, id)
     taken[#taken + 1] = {id, deliveries + 1, raw}
