@@ -356,14 +356,18 @@ class MemoryTransport:
     def _take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
         self._state.release()
         taken: list[Entry] = []
+        suspects = False  # see take.lua
         for entry in self._state.claimable(stage, worker_id):
+            suspect, last = entry.deliveries > 0, 0 < entry.deliveries >= self._policy.max_deliveries - 1
             if entry.deliveries >= self._policy.max_deliveries:
                 self._state.give_up(entry, stage)
-            elif len(taken) < count and (entry.deliveries == 0 or not taken):
+            elif len(taken) < count and (not taken or (suspect is suspects and not last)):
                 taken.append(self._deliver(entry, stage, worker_id))
-                # What may have ended a worker is given out alone.
-                if entry.deliveries > 1:
-                    return taken
+                suspects = suspect
+                if last:
+                    break
+        if suspects:
+            return taken
         fresh = [entry for entry in self._state.streams[stage].values() if entry.owner is None]
         return taken + [self._deliver(entry, stage, worker_id) for entry in fresh[: count - len(taken)]]
 

@@ -358,16 +358,19 @@ async def test_poison_ends_as_an_error_after_three_deliveries(world, eventually)
     assert await transport.dead_letters(tenant="") == []
 
 
-async def test_redeliveries_come_alone(world, eventually):
-    transport = world.open()
-    await transport.admit(new_job(num_images=2))
-    assert len(await take(transport, ENCODE, "dies", 2)) == 2
+async def test_second_deliveries_come_with_others_and_last_ones_alone(world, eventually):
+    transport, other = world.open(), world.open()
+    await transport.admit(new_job(num_images=3))
+    assert len(await take(transport, ENCODE, "dies", 3)) == 3
     await transport.admit(new_job("fresh"))
-    other = world.open()
     await transport.hand_back(ENCODE, "dies", None, count_attempt=True)
-    for index in range(2):
-        [entry] = await take(other, ENCODE, "other", 9)
-        assert (entry.ref, entry.attempt) == (ImageRef("a", index), 2)
+    second = await take(other, ENCODE, "dies-too", 9)
+    assert [(entry.ref, entry.attempt) for entry in second] == [(ImageRef("a", index), 2) for index in range(3)]
+    await transport.hand_back(ENCODE, "dies-too", None, count_attempt=True)
+    last = [await take(other, ENCODE, f"other-{index}", 9) for index in range(3)]
+    assert [[(entry.ref, entry.attempt) for entry in one] for one in last] == [
+        [(ImageRef("a", index), 3)] for index in range(3)
+    ]
     [entry] = await take(other, ENCODE, "other", 9)
     assert (entry.ref.job_id, entry.attempt) == ("fresh", 1)
 

@@ -63,22 +63,25 @@ local function last_read()
   end
 end
 
-local taken = {}
+-- What may have ended a worker is given out beside others of its kind only, and alone in its last attempt: so nobody
+-- innocent is given up, and a worker's many images do not wait for each other.
+local taken, suspects = {}, false
 for _, item in ipairs(candidates) do
   local id, deliveries = item[1], item[4]
+  local suspect, last = deliveries > 0, deliveries > 0 and deliveries + 1 >= max_deliveries
   local raw, fields = current(id)
   if raw and deliveries >= max_deliveries then
     -- A job that no gateway of ours wrote cannot be ended either.
     if not pcall(give_up, id, fields, deliveries) then discard(stream, id) end
-  elseif raw and #taken < count and (deliveries == 0 or #taken == 0) then
+  elseif raw and #taken < count and (#taken == 0 or suspect == suspects and not last) then
     redis.call('XCLAIM', stream, GROUP, worker, 0, id)
     taken[#taken + 1] = {id, deliveries + 1, raw}
-    -- What may have ended a worker is given out alone.
-    if deliveries > 0 then return {seconds(NOW), taken, last_read()} end
+    suspects = suspect
+    if last then break end
   end
 end
 
-if #taken < count then
+if #taken < count and not suspects then
   local reply = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count - #taken, 'STREAMS', stream, '>')
   for _, entry in ipairs(reply and reply[1][2] or {}) do
     -- After the group was lost, what is in hand comes once more.
