@@ -20,9 +20,14 @@ from typing import ClassVar
 
 
 class StreamFlowError(Exception):
-    """Base of all; `str(error)` is one sentence that a user can act on."""
+    """Base of all; `str(error)` is one sentence that a user can act on.
+
+    Attributes:
+        answered: at a client: a StreamFlow server said so, rather than gRPC for want of one.
+    """
 
     code: ClassVar[str] = "UNKNOWN"
+    answered = False
 
 
 class InvalidRequestError(StreamFlowError, ValueError):
@@ -69,13 +74,7 @@ class UnauthenticatedError(StreamFlowError):
 
 
 class UnavailableError(StreamFlowError, ConnectionError):
-    """Args: answered: a server said so; otherwise there was none to say anything."""
-
     code = "UNAVAILABLE"
-
-    def __init__(self, message: str, *, answered: bool = False) -> None:
-        self.answered = answered
-        super().__init__(message)
 
 
 class JobCancelledError(StreamFlowError):

@@ -81,12 +81,13 @@ class Retry:
             case UnavailableError() | JobCancelledError():
                 delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
                 self._failures += 1
-                answered = isinstance(error, UnavailableError) and error.answered
-                self._heard = self._heard or answered
+                self._heard = self._heard or error.answered
                 if self._heard and self._failures == _TOLD_AFTER:
                     _log.warning("%s does not answer any more; trying again until the time is up", self._policy.address)
                 patience_s = self._timeout_s if self._heard else self._policy.connect_timeout_s
-                return self._within_s(min(patience_s, self._timeout_s), delay_s, self._unavailable(error, answered))
+                return self._within_s(min(patience_s, self._timeout_s), delay_s, self._unavailable(error))
+            case DeadlineError() if error.answered:
+                raise error from None
             case DeadlineError() if self._failures:
                 message = f"{self._policy.address} did not answer any more, for {self._timeout_s:g} s in all"
                 raise DeadlineError(message) from None
@@ -104,8 +105,8 @@ class Retry:
             raise error from None
         return delay_s
 
-    def _unavailable(self, error: StreamFlowError, answered: bool) -> StreamFlowError:
-        if answered:
-            return UnavailableError(f"{self._policy.address}: {error}", answered=True)
+    def _unavailable(self, error: StreamFlowError) -> StreamFlowError:
+        if error.answered:
+            return UnavailableError(f"{self._policy.address}: {error}")
         trouble = "the connection was lost" if self._heard else "no StreamFlow gateway answers"
         return UnavailableError(f"{self._policy.address}: {trouble}: {error}")

@@ -108,7 +108,8 @@ class Session:
             return 0.0
         if self._request is not None and isinstance(error, NotFoundError):
             # It did so between admitting the request and answering.
-            error = UnavailableError(str(error), answered=True)
+            error = UnavailableError(str(error))
+            error.answered = True
         try:
             return self._retry.delay_s(error or UnavailableError("the stream ended before the job did"))
         except StreamFlowError:

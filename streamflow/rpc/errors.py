@@ -89,7 +89,10 @@ def from_rpc_error(error: grpc.RpcError) -> StreamFlowError:
     if code is grpc.StatusCode.CANCELLED and not detail:
         # No job was cancelled: a server that shuts down ends calls that it had not begun in this way.
         return UnavailableError(f"the call was broken off: {message}")
-    return from_status(code.name, message, detail)
+    translated = from_status(code.name, message, detail)
+    # Our servers send details with what they refuse; gRPC itself does not.
+    translated.answered = bool(detail)
+    return translated
 
 
 def from_status(code: str, message: str, detail: Mapping[str, Any] | None = None) -> StreamFlowError:
@@ -106,9 +109,6 @@ def from_status(code: str, message: str, detail: Mapping[str, Any] | None = None
             return _invalid(f"message too large: {message}", {})
         case "RESOURCE_EXHAUSTED":
             return BusyError(message, retry_after_s=_seconds(detail.get("retry_after_s")))
-        case "UNAVAILABLE":
-            # Our servers send details with what they refuse; gRPC itself does not.
-            return UnavailableError(message, answered=bool(detail))
         case "INTERNAL":
             return GenerationError(message, stage=str(detail.get("stage", "")))
         case _ if code in _CLASSES:

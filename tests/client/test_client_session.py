@@ -116,6 +116,22 @@ def test_final_errors_are_raised_at_once(clock: Clock, error: StreamFlowError) -
         make_retry(clock).delay_s(error)
 
 
+def test_a_refusal_for_its_deadline_is_told_in_the_servers_words(clock: Clock) -> None:
+    refusal = DeadlineError("this request takes about 9 s here")
+    refusal.answered = True
+    with pytest.raises(DeadlineError, match="takes about 9 s"):
+        make_retry(clock).delay_s(refusal)
+    with pytest.raises(DeadlineError, match="not finished within"):
+        make_retry(clock).delay_s(DeadlineError("Deadline Exceeded"))
+
+
+def test_a_server_that_forgets_between_admitting_and_answering_is_asked_again(clock: Clock) -> None:
+    session = make_session(clock)
+    assert session.open(Stub(), ()) == "Generate"
+    assert session.retry_in_s(NotFoundError("no job 'r'")) > 0
+    assert session.open(Stub(), ()) == "Generate"
+
+
 def test_a_request_is_sent_until_it_is_admitted_then_watched(clock: Clock) -> None:
     session = make_session(clock)
     assert session.open(Stub(), ()) == "Generate"
