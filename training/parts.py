@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -36,10 +37,19 @@ def write_part(part: Saveable, name: str, *, model_dir: Path = MODEL_DIR) -> Non
         shutil.rmtree(leftover, ignore_errors=True)
     model_dir.mkdir(parents=True, exist_ok=True)
     part.save_pretrained(str(fresh))
+    _forget_origin(fresh / "config.json")
     if final.exists():
         os.replace(final, old)
     os.replace(fresh, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _forget_origin(config: Path) -> None:
+    """diffusers writes down from which folder of this machine a part was loaded."""
+    if config.exists():
+        said = json.loads(config.read_text("utf-8"))
+        said.pop("_name_or_path", None)
+        config.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def half_copy(module: Module) -> Module:
