@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from gateway.budget import check_budget
 from streamflow.config import GatewaySettings
@@ -117,13 +116,12 @@ def work(request: types_pb2.GenerateRequest, card: ModelCard) -> float:
     return max(_program(request, card).rows * pixels, 1e-3)
 
 
-def works(requests: Sequence[types_pb2.GenerateRequest], card: ModelCard) -> dict[int, float]:
-    """The work of each request that can run, by its position."""
-    found = {}
-    for position, request in enumerate(requests):
-        with suppress(InvalidRequestError):
-            found[position] = work(request, card)
-    return found
+def work_if_it_runs(request: types_pb2.GenerateRequest, card: ModelCard) -> float | None:
+    """None where the sampler cannot run with these values."""
+    try:
+        return work(request, card)
+    except InvalidRequestError:
+        return None
 
 
 def reserved_bytes(request: types_pb2.GenerateRequest) -> int:

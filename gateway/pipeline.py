@@ -27,7 +27,7 @@ _READ_AGAIN_S = 1.0
 _BLOB_MARGIN_S = 60.0
 # Decoding takes tens of megabytes at a time.
 _DECODERS_AT_ONCE = 2
-_ALL = 1000
+_MOST_LETTERS = 1000
 
 _log = get_logger(__name__)
 
@@ -125,7 +125,9 @@ class Pipeline:
             BusyError, UnavailableError: from the transport.
         """
         key = JobKey(tenant, f"retry-{letter_id}")
-        letters = {letter.id: letter for letter in await self._transport.dead_letters(tenant=tenant, count=_ALL)}
+        letters = {
+            letter.id: letter for letter in await self._transport.dead_letters(tenant=tenant, count=_MOST_LETTERS)
+        }
         if letter_id not in letters:
             await self._was_retried(key, letter_id)
             return key
@@ -183,17 +185,18 @@ class Pipeline:
 
     async def _within_budget(self, request: types_pb2.GenerateRequest) -> types_pb2.GenerateRequest:
         """The request itself, or with what was chosen for its time budget."""
-        check_budget(request, self._card, self._settings)
         if not request.HasField("time_budget_s"):
             return request
+        check_budget(request, self._card, self._settings)
         found = choices(request, self._card)
         # The one with the most steps can run if any can: a strength may leave the others without a step.
         most = found[-1].apply(request, None)
         admission.check(most, card=self._card, settings=self._settings)
-        works = admission.works([choice.apply(request, None) for choice in found], self._card)
-        expected_s = await self._transport.expected_s(list(works.values()), num_images=admission.num_images(request))
+        works = {choice: admission.work_if_it_runs(choice.apply(request, None), self._card) for choice in found}
+        runnable = {choice: work for choice, work in works.items() if work is not None}
+        expected_s = await self._transport.expected_s([*runnable.values()], num_images=admission.num_images(request))
         budget_s = request.time_budget_s / HEADROOM
-        chosen, decoder = choose([found[k] for k in works], expected_s, budget_s=budget_s, card=self._card)
+        chosen, decoder = choose([*runnable], expected_s, budget_s=budget_s, card=self._card)
         return chosen.apply(request, decoder)
 
     async def _store_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec) -> list[bytes]:

@@ -29,8 +29,8 @@ REQUEST_ID_KEY = "streamflow-request-id"
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
-# When the page's last job was admitted, and its id: a place in the list that stays when the job is gone.
 _LETTER_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
+# When the page's last job was admitted, and its id: a place in the list that stays when the job is gone.
 _PAGE_TOKEN = re.compile(r"([0-9]{1,12}\.[0-9]{1,12}):([A-Za-z0-9._-]{1,64})")
 
 

@@ -26,32 +26,13 @@ from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import Counters
 from streamflow.transport.base import Entry, Limits
 from streamflow.transport.memory import MemoryTransport
-from streamflow.types import DecoderKind, Failure, ImageFormat, JobState, ModelCard, Stage, WorkerInfo
+from streamflow.types import Failure, ImageFormat, JobState, Stage, WorkerInfo
 from streamflow.v1 import gateway_pb2_grpc, types_pb2
+from tests.cards import CARD
 
 Answer = TypeVar("Answer")
 
 PATIENCE_S = 20.0
-CARD = ModelCard(
-    name="shapes",
-    family="sd",
-    revision="r1",
-    default_width=64,
-    default_height=64,
-    size_multiple=8,
-    max_width=1024,
-    max_height=1024,
-    default_steps=4,
-    max_steps=50,
-    default_guidance_scale=3.0,
-    default_sampler="euler",
-    samplers=("euler",),
-    decoders=(DecoderKind.TINY,),
-    default_decoder=DecoderKind.TINY,
-    max_prompt_tokens=32,
-    latent_channels=4,
-    latent_factor=8,
-)
 DENOISER = WorkerInfo(
     "denoiser-a", Stage.DENOISE, "127.0.0.1:1", "shapes", "r1", "torch-eager", "cpu", 8, slots_in_use=3
 )

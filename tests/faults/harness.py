@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import redis.asyncio as redis
 
 from streamflow.cli.supervisor import COMMANDS, LocalDeployment
@@ -114,11 +115,18 @@ async def ask(client: AsyncClient, asked: Asked, *, timeout_s: float | None = No
         return error
 
 
-async def everything(client: AsyncClient, sent: list[Asked], *, timeout_s: float | None = None) -> None:
+async def everything(client: AsyncClient, sent: Sequence[Asked], *, timeout_s: float | None = None) -> None:
     """Asks for all at once; each must come with its pictures."""
     answers = await asyncio.gather(*(ask(client, asked, timeout_s=timeout_s) for asked in sent))
     for asked, answer in zip(sent, answers, strict=True):
         assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
+
+
+def assert_under_way(work: asyncio.Task[None]) -> None:
+    """A fault must come before it is done."""
+    if work.done():
+        work.result()
+        pytest.fail("the requests were done before the fault came")
 
 
 @dataclass

@@ -20,7 +20,18 @@ from streamflow.client import AsyncClient
 from streamflow.errors import DeadlineError, NotFoundError, StreamFlowError, UnavailableError
 from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.types import JobState, Stage
-from tests.faults.harness import Asked, Tally, ask, check, light_deployment, read_again, requests, settled
+from tests.faults.harness import (
+    Asked,
+    Tally,
+    ask,
+    assert_under_way,
+    check,
+    everything,
+    light_deployment,
+    read_again,
+    requests,
+    settled,
+)
 from tests.faults.proxy import Loss, Proxy
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
@@ -64,20 +75,6 @@ async def before_redis(folder: Path) -> AsyncIterator[Place]:
 
 Where = Callable[[Path], AbstractAsyncContextManager[Place]]
 everywhere = pytest.mark.parametrize("where", [before_the_gateway, before_redis])
-
-
-def assert_under_way(work: asyncio.Task[None]) -> None:
-    """A fault must come before it is done."""
-    if work.done():
-        work.result()
-        pytest.fail("the requests were done before the fault came")
-
-
-async def everything(client: AsyncClient, sent: Sequence[Asked]) -> None:
-    """Asks for all at once; each must come with its pictures."""
-    answers = await asyncio.gather(*(ask(client, asked) for asked in sent))
-    for asked, answer in zip(sent, answers, strict=True):
-        assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
 
 
 async def in_time(client: AsyncClient, asked: Asked) -> StreamFlowError | None:

@@ -29,7 +29,7 @@ from streamflow.transport.keys import Keys
 from streamflow.types import JobState, Stage
 from streamflow.v1 import gateway_pb2_grpc
 from tests.faults import shims
-from tests.faults.harness import Asked, Tally, ask, check, light_deployment, requests
+from tests.faults.harness import Asked, Tally, assert_under_way, check, everything, light_deployment, requests
 from tests.faults.light_stage import CURSE
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
@@ -105,20 +105,6 @@ class Submitted:
             return (await self._client.job(asked.request_id)).state
         except NotFoundError:
             return None
-
-
-def assert_under_way(work: asyncio.Task[None]) -> None:
-    """A fault must come before it is done."""
-    if work.done():
-        work.result()
-        pytest.fail("the requests were done before the fault came")
-
-
-async def everything(client: AsyncClient, sent: Sequence[Asked]) -> None:
-    """Asks for all at once; each must come with its pictures."""
-    answers = await asyncio.gather(*(ask(client, asked) for asked in sent))
-    for asked, answer in zip(sent, answers, strict=True):
-        assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
 
 
 async def refusal(deployment: LocalDeployment, asked: Asked) -> grpc.aio.AioRpcError | None:

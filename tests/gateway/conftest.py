@@ -29,32 +29,12 @@ from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.memory import MemoryTransport
 from streamflow.transport.policy import Policy
 from streamflow.transport.redis_streams import RedisTransport
-from streamflow.types import DecoderKind, Failure, ModelCard, Stage
+from streamflow.types import Failure, Stage
 from streamflow.v1 import gateway_pb2_grpc, types_pb2
+from tests.cards import CARD
 
 NAME = "streamflow.v1.Gateway"
 KEYS = "key-alice alice\nkey-bob bob\n"
-
-CARD = ModelCard(
-    name="shapes",
-    family="sd",
-    revision="r1",
-    default_width=64,
-    default_height=64,
-    size_multiple=8,
-    max_width=1024,
-    max_height=1024,
-    default_steps=4,
-    max_steps=50,
-    default_guidance_scale=3.0,
-    default_sampler="euler",
-    samplers=("euler",),
-    decoders=(DecoderKind.TINY,),
-    default_decoder=DecoderKind.TINY,
-    max_prompt_tokens=32,
-    latent_channels=4,
-    latent_factor=8,
-)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -11,30 +12,12 @@ from hypothesis import strategies as st
 from gateway import admission
 from streamflow.config import GatewaySettings
 from streamflow.errors import DeadlineError, InvalidRequestError
-from streamflow.types import DecoderKind, ModelCard
+from streamflow.types import ModelCard
 from streamflow.v1 import types_pb2
+from tests import cards
 
 SETTINGS = GatewaySettings(max_prompts=4, max_images=8, max_prompt_chars=200, max_image_bytes=2**16)
-CARD = ModelCard(
-    name="shapes",
-    family="sd",
-    revision="r1",
-    default_width=64,
-    default_height=96,
-    size_multiple=8,
-    max_width=128,
-    max_height=256,
-    default_steps=8,
-    max_steps=50,
-    default_guidance_scale=3.0,
-    default_sampler="euler",
-    samplers=("euler",),
-    decoders=(DecoderKind.TINY,),
-    default_decoder=DecoderKind.TINY,
-    max_prompt_tokens=32,
-    latent_channels=4,
-    latent_factor=8,
-)
+CARD = replace(cards.CARD, default_height=96, max_width=128, max_height=256, default_steps=8)
 TEXT = "a red circle"
 IMAGE = b"not looked at here"
 

@@ -20,8 +20,9 @@ from streamflow.flow.samplers import SAMPLERS
 from streamflow.flow.schedules import DynamicShift, ScheduleSpec
 from streamflow.flow.spec import FlowSpec, RefinerSpec, WindowSpec
 from streamflow.transport import codec
-from streamflow.types import DecoderKind, ModelCard
+from streamflow.types import DecoderKind
 from streamflow.v1 import encoder_pb2, types_pb2
+from tests import cards
 
 Maker = Callable[[], bytes]
 
@@ -55,26 +56,7 @@ def repeated(one: Any, most: int) -> st.SearchStrategy[Any]:
 
 # -- models ----------------------------------------------------------------------------------------------------------
 
-CARD = ModelCard(
-    name="shapes",
-    family="sd",
-    revision="r1",
-    default_width=64,
-    default_height=64,
-    size_multiple=8,
-    max_width=1024,
-    max_height=512,
-    default_steps=4,
-    max_steps=50,
-    default_guidance_scale=3.0,
-    default_sampler="euler",
-    samplers=tuple(SAMPLERS),
-    decoders=(DecoderKind.TINY,),
-    default_decoder=DecoderKind.TINY,
-    max_prompt_tokens=32,
-    latent_channels=4,
-    latent_factor=8,
-)
+CARD = replace(cards.CARD, max_height=512, samplers=tuple(SAMPLERS))
 _FLUX = FlowSpec(schedule=ScheduleSpec(DynamicShift(), "to-minimum"), round_up_strength=True, evaluates_data=True)
 CARDS = (
     CARD,
