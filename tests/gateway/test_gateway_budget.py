@@ -12,7 +12,7 @@ from gateway.budget import Choice, choices, choose
 from streamflow.flow.spec import FlowSpec, RefinerSpec, WindowSpec
 from streamflow.types import DecoderKind
 from streamflow.v1 import gateway_pb2, types_pb2
-from tests.gateway.conftest import CARD
+from tests.cards import CARD
 
 REFINED = replace(
     CARD, flow=FlowSpec(refiner=RefinerSpec(max_step=0.25)), decoders=(DecoderKind.TINY, DecoderKind.FULL)

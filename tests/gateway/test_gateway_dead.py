@@ -14,7 +14,8 @@ from streamflow.stages.imaging import encode_image
 from streamflow.transport.policy import Policy
 from streamflow.types import ImageFormat, Stage
 from streamflow.v1 import gateway_pb2, types_pb2
-from tests.gateway.conftest import CARD, KEYS, Deployment
+from tests.cards import CARD
+from tests.gateway.conftest import KEYS, Deployment
 
 ONCE = Policy(max_deliveries=1, retry_s=0.0)
 PNG = encode_image(np.zeros((64, 64, 3), np.uint8), ImageFormat.PNG)

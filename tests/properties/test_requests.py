@@ -30,7 +30,7 @@ from streamflow.transport.base import Limits
 from streamflow.transport.memory import MemoryTransport
 from streamflow.types import ModelCard
 from streamflow.v1 import gateway_pb2, types_pb2
-from tests.gateway.conftest import CARD as GATEWAY_CARD
+from tests.cards import CARD as GATEWAY_CARD
 from tests.gateway.conftest import Deployment, Gateway
 from tests.properties.strategies import (
     BIG,
