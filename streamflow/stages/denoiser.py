@@ -184,11 +184,13 @@ class DenoiserStage:
         key: Hashable = None,
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Runs one job in the batch; cancelling the caller frees its slot before the next tick.
 
         Args:
             key: by which `change` finds the job; None = it will not be changed.
+            on_wait: called with every tick of the others while the job waits for a slot.
 
         Returns:
             Final latents, float32 [C, H, W].
@@ -202,7 +204,7 @@ class DenoiserStage:
         preview = (lambda event: on_preview(event.step, event.latents)) if on_preview else None
         image = self.image(job, handle=next(self._handles))
         with self._changeable(key, image.handle, job):
-            return await self._entered.run(image, on_progress=progress, on_preview=preview)
+            return await self._entered.run(image, on_progress=progress, on_preview=preview, on_wait=on_wait)
 
     def suspend(self) -> None:
         """Ends every `denoise` after the current tick with SuspendedError, and takes no more."""

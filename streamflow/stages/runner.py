@@ -49,6 +49,8 @@ class _Watcher:
     latents: asyncio.Future[np.ndarray]
     on_progress: Callable[[Progress], None] | None
     on_preview: Callable[[Preview], None] | None
+    on_wait: Callable[[], None] | None
+    waiting: bool = True
 
 
 class EngineRunner:
@@ -121,22 +123,25 @@ class EngineRunner:
         *,
         on_progress: Callable[[Progress], None] | None = None,
         on_preview: Callable[[Preview], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """Runs one image and returns its latents, float32 [C, H, W]; waits while all slots are in use.
 
-        Cancelling the caller frees the slot before the next tick. The callbacks run on the event loop.
+        Cancelling the caller frees the slot before the next tick. The callbacks run on the event loop; `on_wait` comes
+        with every tick of the others until this image has a slot.
 
         Raises:
             GenerationError: the network failed or the latents are not finite.
             SuspendedError: `suspend` was called.
             UnavailableError: so it was before this image had a slot, or the engine's thread has ended.
         """
-        watcher = _Watcher(self._loop.create_future(), on_progress, on_preview)
+        watcher = _Watcher(self._loop.create_future(), on_progress, on_preview, on_wait)
         if image.handle in self._watchers:
             raise ValueError(f"image {image.handle!r} is under way already")
         self._watchers[image.handle] = watcher
         try:
             async with self._slots:
+                watcher.waiting = False
                 return await self._run_in_slot(image, watcher)
         finally:
             del self._watchers[image.handle]
@@ -237,6 +242,9 @@ class EngineRunner:
             watcher = self._watchers.get(preview.handle)
             if watcher is not None and watcher.on_preview is not None:
                 watcher.on_preview(preview)
+        for watcher in self._watchers.values():
+            if watcher.waiting and watcher.on_wait is not None:
+                watcher.on_wait()
         for handle, latents in report.retired.items():
             watcher = self._watchers.get(handle)
             if watcher is not None and not watcher.latents.done():

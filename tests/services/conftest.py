@@ -58,9 +58,9 @@ class Rig:
         [entry] = await self.transport.read(stage, WORKER, 1)
         return entry
 
-    async def handle(self, entry: Entry) -> Outcome:
+    async def handle(self, entry: Entry, *, progress_timeout_s: float = 60.0) -> Outcome:
         """What the stage makes of an entry, not yet stored."""
-        context = EntryContext(entry, progress_timeout_s=60.0)
+        context = EntryContext(entry, progress_timeout_s=progress_timeout_s)
         return await context.run(self.handlers[entry.stage])
 
     async def step(self, stage: Stage) -> Outcome:

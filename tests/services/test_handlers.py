@@ -238,6 +238,23 @@ async def test_cancelling_the_handler_frees_the_slot(rig: Rig, stages: Stages) -
     assert denoiser.slots_in_use == 0
 
 
+async def test_direct_calls_that_hold_every_slot_are_no_fault_of_an_image_that_waits(rig: Rig, stages: Stages) -> None:
+    await rig.admit(rig.spec())
+    await rig.step(Stage.ENCODE)
+    entry, denoiser = await rig.next(Stage.DENOISE), stages.denoiser
+    [encoded] = stages.encoder.encode([EncodeJob({Role.TARGET: "a red"})])
+    endless = DenoiseJob(encoded.conditioning, 1000, Guidance(1.0), "euler", 0, 64, 64)
+    async with asyncio.TaskGroup() as tasks:
+        direct = [tasks.create_task(denoiser.denoise(endless)) for _ in range(denoiser.slots)]
+        waiting = tasks.create_task(rig.handle(entry, progress_timeout_s=0.3))
+        await asyncio.wait({waiting}, timeout=1.0)
+        assert not waiting.done()
+        direct[0].cancel()
+        assert isinstance(await waiting, Advance)
+        for task in direct:
+            task.cancel()
+
+
 @pytest.mark.parametrize("inline_bytes", [handoff.MAX_INLINE_BYTES, 100])
 async def test_another_denoiser_goes_on_where_one_was_suspended(
     rig: Rig, stages: Stages, monkeypatch: pytest.MonkeyPatch, inline_bytes: int
