@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,6 +184,16 @@ async def settled(deployment: LocalDeployment, *, within_s: float = 10.0) -> Non
         while left := await leftovers(store):
             assert time.monotonic() < until, left
             await asyncio.sleep(0.05)
+
+
+async def held_by(store: redis.Redis, workers: Collection[str]) -> int:
+    """How many entries are in the hands of these workers; `store` decodes its responses."""
+    count = 0
+    for stage in Stage:
+        async for key in store.scan_iter(match=f"sf:v1:*:{stage.value}:*", _type="stream"):
+            for consumer in await store.xinfo_consumers(key, "workers"):
+                count += int(consumer["pending"]) * (consumer["name"] in workers)
+    return count
 
 
 async def leftovers(store: Any) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 Everything but the networks is the product's: settings, worker loop, transport, gRPC server, drain. What the networks
 would compute is a hash of the request, so that every picture is known beforehand and importing torch costs no kill.
 
-STREAMFLOW_FAULT_<SERVICE>=<point>:<n> ends the process with SIGKILL at the nth time it reaches a point; the points are
-in `FaultyTransport` and `Handler`. STREAMFLOW_FAULT_LOG names the file in which it says so first, and which keeps the
-next process from doing the same.
+STREAMFLOW_FAULT names a file that may order a process to end: see `Fault`. The points are in `FaultyTransport` and
+`Handler`.
 """
 
 from __future__ import annotations
@@ -102,19 +101,25 @@ class LightStage:
 
 
 class Fault:
-    """Ends this process at the nth time that a point is reached, once for all processes that share the log."""
+    """Ends this process by SIGKILL where a file says so: `<service>:<point>:<n>`, the nth time that it is reached.
 
-    def __init__(self, text: str, log: str) -> None:
-        self._point, _, number = text.partition(":")
-        self._left, self._log = int(number or 0), Path(log)
+    The file is taken away first: that is how others know, and the next process goes past the point.
+    """
+
+    def __init__(self, service: str, order: Path) -> None:
+        self._service, self._order = service, order
+        self._reached: Counter[str] = Counter()
 
     def reach(self, point: str) -> None:
-        if point != self._point or self._log.exists():
+        try:
+            service, wanted, number = self._order.read_text().split(":")
+        except FileNotFoundError:
             return
-        self._left -= 1
-        if self._left == 0:
-            self._log.write_text(point)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if (service, wanted) == (self._service, point):
+            self._reached[point] += 1
+            if self._reached[point] == int(number):
+                self._order.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FaultyTransport:
@@ -205,9 +210,7 @@ def main(name: str, environment: Mapping[str, str]) -> None:
     configure_logging(level=settings.log_level, log_format=settings.log_format, service=name)
     stage = next(stage for stage in Stage if stage.service == name)
     card = describe(settings.model, settings.model_name)
-    fault = Fault(
-        environment.get(f"STREAMFLOW_FAULT_{name.upper()}", ""), environment.get("STREAMFLOW_FAULT_LOG", "/dev/null")
-    )
+    fault = Fault(name, Path(environment.get("STREAMFLOW_FAULT", "nothing ordered")))
     full_name, register, base = _SERVICES[stage]
 
     def handler(hosted: LightStage, transport: Transport, settings: StageSettings) -> Handler:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -17,29 +20,26 @@ import redis.asyncio as redis
 
 from streamflow.cli.supervisor import LocalDeployment
 from streamflow.client import AsyncClient
-from streamflow.errors import DeadlineError, NotFoundError, StreamFlowError, UnavailableError
 from streamflow.transport.embedded import EmbeddedRedis
-from streamflow.types import JobState, Stage
+from streamflow.types import Stage
 from tests.faults.harness import (
-    Asked,
     Tally,
-    ask,
     assert_under_way,
     check,
     everything,
     light_deployment,
-    read_again,
     requests,
     settled,
 )
 from tests.faults.proxy import Loss, Proxy
+from tests.faults.silence import meet_silence
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
-IMPATIENT_S = 6.0
-"""The deadline of requests that meet a dead connection."""
-SLACK_S = 2.0
-"""How much later than its deadline a request may end, on a busy machine."""
+
+def full(*values: object) -> Any:
+    """Parameters that only the full matrix has."""
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,13 @@ class Place:
     proxy: Proxy
     behind_gateway: bool
 
-    def client(self, *, timeout_s: float = 60.0) -> AsyncClient:
-        """One whose requests pass the proxy, be it before or behind the gateway."""
-        address = self.deployment.address if self.behind_gateway else self.proxy.address
-        return AsyncClient(address, timeout_s=timeout_s)
+    @property
+    def address(self) -> str:
+        """Of the gateway, for clients whose requests pass the proxy, be it before or behind the gateway."""
+        return self.deployment.address if self.behind_gateway else self.proxy.address
+
+    def client(self) -> AsyncClient:
+        return AsyncClient(self.address, timeout_s=60.0)
 
 
 @asynccontextmanager
@@ -74,37 +77,7 @@ async def before_redis(folder: Path) -> AsyncIterator[Place]:
 
 
 Where = Callable[[Path], AbstractAsyncContextManager[Place]]
-everywhere = pytest.mark.parametrize("where", [before_the_gateway, before_redis])
-
-
-async def in_time(client: AsyncClient, asked: Asked) -> StreamFlowError | None:
-    """Asks; the pictures, or an error that says what is wrong, must come by the deadline."""
-    began_s = time.monotonic()
-    async with asyncio.timeout(60):
-        answer = await ask(client, asked)
-    took_s = time.monotonic() - began_s
-    assert took_s < client.timeout_s + SLACK_S, (asked, took_s, answer)
-    if isinstance(answer, list):
-        assert answer == asked.files
-        return None
-    assert isinstance(answer, DeadlineError | UnavailableError), answer
-    assert client.address in str(answer) or "not finished within" in str(answer), answer
-    return answer
-
-
-async def check_ended(place: Place, client: AsyncClient, sent: Sequence[Asked], tally: Tally) -> None:
-    """Whatever their clients were told, the jobs end: with their pictures, or because nobody waits for them."""
-    tally.requests += len(sent)
-    for asked in sent:
-        # It may never have been admitted.
-        with suppress(NotFoundError):
-            while not (job := await client.job(asked.request_id)).state.terminal:  # noqa: ASYNC110 - remote
-                await asyncio.sleep(0.1)
-            if job.state is JobState.IMAGES:
-                assert await read_again(client, asked.request_id) == asked.files
-            else:
-                assert job.state in (JobState.DEADLINE, JobState.CANCELLED), (asked, job)
-    await settled(place.deployment)
+everywhere = pytest.mark.parametrize("where", [full(before_the_gateway), before_redis])
 
 
 def script_digest(name: str) -> bytes:
@@ -115,7 +88,7 @@ def script_digest(name: str) -> bytes:
 
 
 # Six times: the transport gives up after four, and the SDK sends again.
-@pytest.mark.parametrize(("times", "loss"), [(1, Loss.RESET), (6, Loss.RESET), (1, Loss.SILENCE)])
+@pytest.mark.parametrize(("times", "loss"), [(1, Loss.RESET), full(6, Loss.RESET), full(1, Loss.SILENCE)])
 async def test_10_the_reply_to_admit_is_lost(times: int, loss: Loss, tally: Tally, tmp_path: Path) -> None:
     first, *sent = requests(5, "admit")
     async with before_redis(tmp_path) as place, place.client() as client:
@@ -129,6 +102,7 @@ async def test_10_the_reply_to_admit_is_lost(times: int, loss: Loss, tally: Tall
         await check(place.deployment, client, [first, *sent], tally)
 
 
+@pytest.mark.full
 @everywhere
 async def test_11_latency(where: Where, tally: Tally, tmp_path: Path) -> None:
     sent = requests(12, "latency", steps=20)
@@ -153,30 +127,31 @@ async def test_11_resets(where: Where, tally: Tally, tmp_path: Path) -> None:
         await check(place.deployment, client, sent, tally)
 
 
+@pytest.mark.full
 @everywhere
 async def test_11_half_open(where: Where, tally: Tally, tmp_path: Path) -> None:
-    names = ("impatient", "patient", "later")
-    impatient, patient, later = (requests(8, name, steps=60) for name in names)
-    async with (
-        where(tmp_path) as place,
-        place.client() as client,
-        place.client(timeout_s=IMPATIENT_S) as impatient_client,
-    ):
-        waiting = asyncio.create_task(everything(client, patient))
-        work = [asyncio.create_task(in_time(impatient_client, asked)) for asked in impatient]
-        await asyncio.sleep(0.5)
-        place.proxy.go_silent()
-        assert any(await asyncio.gather(*work)), "the silence came too late"
-        place.proxy.speak()
-        # Nobody is told that the connections of before are dead.
-        began_s = time.monotonic()
-        await everything(client, later)
-        tally.recovery_s = time.monotonic() - began_s
-        await waiting
-        await check(place.deployment, client, [*patient, *later], tally)
-        await check_ended(place, client, impatient, tally)
+    async with where(tmp_path) as place:
+        proxy = place.proxy
+        await meet_silence(place.deployment, place.address, tally, begin=proxy.go_silent, end=proxy.speak)
 
 
+@pytest.mark.full
+@pytest.mark.skipif(
+    subprocess.run(["sh", "-c", "unshare -rn true"], capture_output=True).returncode != 0,
+    reason="needs a network of its own, and `unshare -rn` may not make one here",
+)
+async def test_11_the_link_is_down(tally: Tally) -> None:
+    """Every connection of a machine at once; the machine is a network namespace."""
+    process = await asyncio.create_subprocess_exec(
+        *("unshare", "-rn", sys.executable, "-m", "tests.faults.link_down"), stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    found = json.loads(output)
+    tally.requests, tally.recovery_s = found["requests"], found["recovery_s"]
+
+
+@pytest.mark.full
 async def test_19_redis_emptied(tally: Tally) -> None:
     sent = requests(40, "flushed", steps=60)
     async with (
@@ -195,6 +170,7 @@ async def test_19_redis_emptied(tally: Tally) -> None:
         await settled(deployment)
 
 
+@pytest.mark.full
 async def test_19_groups_destroyed(tally: Tally) -> None:
     sent, destroyed = requests(40, "groups", steps=60), 0
     async with (

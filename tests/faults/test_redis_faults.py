@@ -118,12 +118,14 @@ async def refusal(deployment: LocalDeployment, asked: Asked) -> grpc.aio.AioRpcE
     return None
 
 
+@pytest.mark.full
 async def test_6b_redis_killed_with_slow_fsync(tally: Tally, tmp_path: Path) -> None:
     preload = [shims.build("slow_fsync", tmp_path)]
     with redis_server(tmp_path, preload=preload, environment={"FAULT_FSYNC_MS": FSYNC_MS}) as server:
         await ended_three_times(server, requests(100, "slow", steps=10), tally)
 
 
+@pytest.mark.full
 async def test_7_power_cut(tally: Tally, tmp_path: Path) -> None:
     # Slow as well, so that the cut comes while bytes are on their way to the disk.
     preload = [shims.build("slow_fsync", tmp_path), shims.build("fsync_log", tmp_path)]
@@ -288,6 +290,7 @@ async def assert_busy(deployment: LocalDeployment, asked: Asked) -> None:
     assert int(dict(error.trailing_metadata() or ())[PUSHBACK_KEY]) >= 1000
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("appendfsync", ["always", "everysec"])
 async def test_13_disk_full(appendfsync: str, tally: Tally, tmp_path: Path) -> None:
     # With "always" Redis ends itself when it cannot write, and is started again; with "everysec" it refuses writes.
@@ -357,6 +360,7 @@ async def until_ready(deployment: LocalDeployment, ready: bool) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.full
 async def test_17_the_clock_of_redis_jumps(tally: Tally, tmp_path: Path) -> None:
     preload, clock = [shims.build("clock", tmp_path)], shims.Clock(tmp_path / "clock")
     sent, watched = requests(60, "clock", steps=40), requests(20, "watched", steps=100)

@@ -32,7 +32,7 @@ from tests.faults.light_stage import CURSE, HANG, POISON
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 
-@pytest.mark.parametrize("how", [POISON, CURSE])
+@pytest.mark.parametrize("how", [pytest.param(POISON, marks=pytest.mark.full), CURSE])
 async def test_14_poison_ends_alone(how: str, tally: Tally) -> None:
     sent = requests(20, "neighbour", steps=30)
     bad = Asked(f"{how}-bad", f"a {how}", 1, 20, state=JobState.ERROR)
@@ -45,6 +45,7 @@ async def test_14_poison_ends_alone(how: str, tally: Tally) -> None:
         await check(deployment, client, [*sent, bad], tally)
 
 
+@pytest.mark.full
 async def test_5_a_hung_denoiser_loses_its_work(tally: Tally) -> None:
     sent = requests(16, "beside", steps=30)
     # It hangs in every attempt, so it ends as poison does; what is beside it must not.
@@ -63,6 +64,7 @@ async def test_5_a_hung_denoiser_loses_its_work(tally: Tally) -> None:
         await check(deployment, client, [*sent, bad], tally)
 
 
+@pytest.mark.full
 async def test_14_a_dead_letter_is_tried_again(tally: Tally) -> None:
     bad = Asked(f"{CURSE}-once", f"a {CURSE}", 1, 20, state=JobState.ERROR)
     async with light_deployment(slots=8) as deployment, AsyncClient(deployment.address) as client:
@@ -78,7 +80,9 @@ async def test_14_a_dead_letter_is_tried_again(tally: Tally) -> None:
         await check(deployment, client, [bad], tally)
 
 
-@pytest.mark.parametrize("stage", ["waiting", "encoder", "denoiser", "decoder"])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=pytest.mark.full) for stage in ("waiting", "encoder", "decoder")), "denoiser"]
+)
 async def test_15_the_deadline_passes_in_every_stage(stage: str, tally: Tally) -> None:
     kept = requests(4, f"kept-{stage}", steps=20)
     late = [Asked(f"late-{stage}-{k}", "late", k, 100, state=JobState.DEADLINE) for k in range(6)]
@@ -152,6 +156,7 @@ async def test_20_bad_input_beside_good(tally: Tally) -> None:
         await check(deployment, client, sent, tally)
 
 
+@pytest.mark.full
 async def test_21_clients_killed_in_the_middle(tally: Tally) -> None:
     """What they asked for is cancelled when their watch lease runs out; the gateway keeps nothing of them."""
     code = (
@@ -191,6 +196,7 @@ async def test_21_clients_killed_in_the_middle(tally: Tally) -> None:
         assert descriptors(deployment, "gateway") <= files + 2
 
 
+@pytest.mark.full
 async def test_15_cancelled_while_it_is_made(tally: Tally) -> None:
     sent = requests(10, "kept", steps=60)
     dropped = [Asked(f"dropped-{k}", "cancelled", k, 100, state=JobState.CANCELLED) for k in range(10)]
