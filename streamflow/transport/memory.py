@@ -356,16 +356,17 @@ class MemoryTransport:
     def _take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
         self._state.release()
         taken: list[Entry] = []
-        suspects = False  # see take.lua
+        # See take.lua.
+        held = [entry.deliveries for entry in self._state.streams[stage].values() if entry.owner == worker_id]
+        suspects, alone = max(held, default=0) > 1, max(held, default=0) >= self._policy.max_deliveries
+        decided = suspects
         for entry in self._state.claimable(stage, worker_id):
             suspect, last = entry.deliveries > 0, 0 < entry.deliveries >= self._policy.max_deliveries - 1
             if entry.deliveries >= self._policy.max_deliveries:
                 self._state.give_up(entry, stage)
-            elif len(taken) < count and (not taken or (suspect is suspects and not last)):
+            elif len(taken) < count and not alone and (not decided or (suspect is suspects and not last)):
                 taken.append(self._deliver(entry, stage, worker_id))
-                suspects = suspect
-                if last:
-                    break
+                suspects, decided, alone = suspect, True, last
         if suspects:
             return taken
         fresh = [entry for entry in self._state.streams[stage].values() if entry.owner is None]

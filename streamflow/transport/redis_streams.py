@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -46,6 +47,7 @@ from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 log = logging.getLogger(__name__)
 
+_SUSPECTS_S = 0.1  # how often a worker that holds suspects looks for more of them, and whether it may read again
 _MAX_BLOCK_S = 2.0  # well below the socket's time-out, which would break off a longer wait
 _REAP_AT_ONCE = 100
 _PAGE = 100
@@ -356,18 +358,22 @@ class RedisTransport:
 
     async def _take(
         self, stage: Stage, worker_id: str, count: int, in_hand: Collection[str]
-    ) -> tuple[list[Entry], bytes]:
-        """Entries for the worker, and up to which id the group has read."""
+    ) -> tuple[list[Entry], bytes | None]:
+        """Entries for the worker, and up to which id the group has read; None while the worker may read no more."""
         lease_ms, deliveries = int(self._policy.lease_s * 1000), self._policy.max_deliveries
-        now_s, taken, seen = await self._calls.script(
+        now_s, taken, seen, suspects = await self._calls.script(
             "take", stage.value, stage.service, worker_id, count, lease_ms, deliveries, *in_hand
         )
-        return [entry_from(stage, delivery, now_s=float(now_s)) for delivery in taken_by_script(taken)], seen
+        entries = [entry_from(stage, delivery, now_s=float(now_s)) for delivery in taken_by_script(taken)]
+        return entries, None if suspects else seen
 
-    async def _more(self, stage: Stage, seen: bytes, block_s: float) -> bool:
+    async def _more(self, stage: Stage, seen: bytes | None, block_s: float) -> bool:
         """Waits until the stream has an entry after `seen`; only the script gives entries out, as it checks them."""
         if block_s <= 0:
             return False
+        if seen is None:
+            await asyncio.sleep(min(block_s, _SUSPECTS_S))
+            return True
         call = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(block_s * 1000)), "STREAMS", self._keys.stream(stage), seen)
         return bool(await self._calls.command(*call))
 

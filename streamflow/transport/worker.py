@@ -220,7 +220,7 @@ class StageWorker:
         while not self.draining:
             # Cleared before the look, so that a change after it is not missed.
             self._changed.clear()
-            free = self._free()
+            free = self._capacity - len(self._in_hand)
             if free == 0:
                 await self._changed.wait()
                 continue
@@ -241,11 +241,6 @@ class StageWorker:
                 self._read_backoff.failures = 0
                 for entry in entries:
                     self._start(tasks, entry)
-
-    def _free(self) -> int:
-        # An entry that may have ended a worker before must not take its neighbours with it.
-        alone = any(context.entry.attempt > 1 for context, _ in self._in_hand.values())
-        return 0 if alone else self._capacity - len(self._in_hand)
 
     def _start(self, tasks: asyncio.TaskGroup, entry: Entry) -> None:
         context = EntryContext(entry, progress_timeout_s=self._progress_timeout_s)

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -75,25 +76,26 @@ async def test_2_workers_of_every_stage_killed_in_a_storm(tally: Tally) -> None:
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
-async def test_2_real_stages_killed_ten_times_each(tally: Tally) -> None:
+async def test_2_real_stages_killed_ten_times_each(tally: Tally, capsys: pytest.CaptureFixture[str]) -> None:
     """One of each at once; what they had in hand is with others within two leases."""
     rng = random.Random(2)
-    options = [{"seed": k, "steps": 40, "num_images": 1 + k % 2} for k in range(8)]
+    options = [{"seed": k, "steps": 24, "num_images": 1 + k % 2} for k in range(8)]
     async with (
         LocalDeployment(
             model=SHAPES,
             settings={"lease_s": LEASE_S},
             deterministic=True,
+            threads=1,
             encoders=2,
             denoisers=2,
             decoders=2,
-            slots=8,
+            slots=16,
         ) as deployment,
         AsyncClient(deployment.address) as client,
         redis.from_url(deployment.redis_url, decode_responses=True) as store,
     ):
         expected = await pictures(client, options)
-        tally.recovery_s = 0.0
+        recoveries_s: list[float] = []
         for number in range(KILLS):
             victims = [f"{kind}-{1 + number % 2}" for kind in ("encoder", "denoiser", "decoder")]
             names = await worker_ids(deployment, store, victims)
@@ -104,11 +106,14 @@ async def test_2_real_stages_killed_ten_times_each(tally: Tally) -> None:
             began = time.monotonic()
             while await held_by(store, names):  # noqa: ASYNC110 - remote
                 await asyncio.sleep(0.02)
-            tally.recovery_s = max(tally.recovery_s, time.monotonic() - began)
+            recoveries_s.append(time.monotonic() - began)
             assert await work == expected
             await deployment.wait_ready(*victims)
             await settled(deployment)
-        tally.requests = (1 + KILLS) * len(options)
+        tally.requests, tally.recovery_s = (1 + KILLS) * len(options), max(recoveries_s)
+    with capsys.disabled():
+        print(f"\nin other hands after {median(recoveries_s):.2f} s, at most {max(recoveries_s):.2f} s")
+    assert max(recoveries_s) < 2 * LEASE_S
 
 
 async def pictures(client: AsyncClient, options: Sequence[Mapping[str, Any]]) -> list[list[bytes]]:
@@ -208,10 +213,10 @@ async def test_16_rolling_restart_of_denoisers_on_the_real_model(tally: Tally) -
     """Half-finished latents go from one denoiser to the other, to the same bytes."""
     drained = Drained()
     settings = {"drain_grace_s": 0.1, "log_format": "json", "lease_s": 10.0}
-    options = [{"seed": k, "steps": 100, "sampler": "pseudo", "num_images": 1 + k % 2} for k in range(8)]
+    options = [{"seed": k, "steps": 60, "sampler": "pseudo", "num_images": 1 + k % 2} for k in range(8)]
     async with (
         LocalDeployment(
-            model=SHAPES, settings=settings, on_line=drained.take, deterministic=True, denoisers=2, slots=8
+            model=SHAPES, settings=settings, on_line=drained.take, deterministic=True, threads=1, denoisers=2, slots=8
         ) as deployment,
         AsyncClient(deployment.address) as client,
     ):
@@ -224,6 +229,6 @@ async def test_16_rolling_restart_of_denoisers_on_the_real_model(tally: Tally) -
         await settled(deployment)
         tally.requests += 2 * len(options)
     images = sum(one["num_images"] for one in options)
-    # A pseudo corrector of 100 steps takes 101 evaluations; beside them are those of the warm-up.
+    # A pseudo corrector of 60 steps takes 61 evaluations; beside them are those of the warm-up.
     assert drained.counters["handed_over_total"] > 0
-    assert drained.counters["evaluations_total"] == 2 * images * 101
+    assert drained.counters["evaluations_total"] == 2 * images * 61

@@ -375,6 +375,26 @@ async def test_second_deliveries_come_with_others_and_last_ones_alone(world, eve
     assert (entry.ref.job_id, entry.attempt) == ("fresh", 1)
 
 
+async def test_suspects_in_hand_are_joined_by_suspects_only_and_last_ones_by_nobody(world):
+    transport, other = world.open(), world.open()
+    await transport.admit(new_job(num_images=3))
+    await take(transport, ENCODE, "dies", 3)
+    await transport.admit(new_job("fresh"))
+    await transport.hand_back(ENCODE, "dies", None, count_attempt=True)
+    [first] = await take(other, ENCODE, "other", 1)
+    assert [entry.attempt for entry in await take(other, ENCODE, "other", 1)] == [2]
+    assert [entry.attempt for entry in await take(other, ENCODE, "other", 9)] == [2]
+    assert await take(other, ENCODE, "other", 9) == []
+    # A last attempt does not come beside suspects, and nothing comes beside it.
+    assert await other.hand_back(ENCODE, "other", [first], count_attempt=True) == 1
+    assert await take(other, ENCODE, "other", 9) == []
+    [last] = await take(transport, ENCODE, "third", 9)
+    assert (last.ref, last.attempt) == (first.ref, 3)
+    assert await take(transport, ENCODE, "third", 9) == []
+    assert await transport.finish(last, b"picture")
+    assert [entry.ref.job_id for entry in await take(transport, ENCODE, "third", 9)] == ["fresh"]
+
+
 async def test_handing_back_does_not_count_and_is_claimed_at_once(world):
     transport, other = world.open(), world.open()
     await transport.admit(new_job(num_images=3))

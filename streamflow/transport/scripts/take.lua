@@ -1,5 +1,5 @@
 -- stage, service, worker, count, lease_ms, max_deliveries, entry ids in hand ...
--- -> {now, {{id, attempt, fields} ...}, last id read}
+-- -> {now, {{id, attempt, fields} ...}, last id read, 1 if fresh entries are left for others}
 local _, stage, service, worker, count, lease_ms, max_deliveries = unpack(ARGV, 1, 7)
 local stream = stream_key(stage, C.revision)
 count, max_deliveries = tonumber(count), tonumber(max_deliveries)
@@ -18,10 +18,18 @@ local function pending(...)
   return {}
 end
 
+-- What may have ended a worker is given out beside others of its kind only, and alone in its last attempt: so nobody
+-- innocent is given up, and a worker's many images do not wait for each other.
+local suspects, alone = false, false
+
 -- What is ours without our knowing, because a reply was lost, and what nobody beat for a lease.
 local candidates = {}
 for _, item in ipairs(pending('-', '+', num_in_hand + count, worker)) do
-  if not in_hand[item[1]] then candidates[#candidates + 1] = item end
+  if in_hand[item[1]] then
+    suspects, alone = suspects or item[4] > 1, alone or item[4] >= max_deliveries
+  else
+    candidates[#candidates + 1] = item
+  end
 end
 for _, item in ipairs(pending('IDLE', lease_ms, '-', '+', num_in_hand + count)) do
   if item[2] ~= worker then candidates[#candidates + 1] = item end
@@ -63,9 +71,7 @@ local function last_read()
   end
 end
 
--- What may have ended a worker is given out beside others of its kind only, and alone in its last attempt: so nobody
--- innocent is given up, and a worker's many images do not wait for each other.
-local taken, suspects = {}, false
+local taken, decided = {}, suspects
 for _, item in ipairs(candidates) do
   local id, deliveries = item[1], item[4]
   local suspect, last = deliveries > 0, deliveries > 0 and deliveries + 1 >= max_deliveries
@@ -73,11 +79,10 @@ for _, item in ipairs(candidates) do
   if raw and deliveries >= max_deliveries then
     -- A job that no gateway of ours wrote cannot be ended either.
     if not pcall(give_up, id, fields, deliveries) then discard(stream, id) end
-  elseif raw and #taken < count and (#taken == 0 or suspect == suspects and not last) then
+  elseif raw and #taken < count and not alone and (not decided or suspect == suspects and not last) then
     redis.call('XCLAIM', stream, GROUP, worker, 0, id)
     taken[#taken + 1] = {id, deliveries + 1, raw}
-    suspects = suspect
-    if last then break end
+    suspects, decided, alone = suspect, true, last
   end
 end
 
@@ -89,4 +94,4 @@ if #taken < count and not suspects then
     if raw then taken[#taken + 1] = {entry[1], 1, raw} end
   end
 end
-return {seconds(NOW), taken, last_read()}
+return {seconds(NOW), taken, last_read(), suspects and 1 or 0}
