@@ -190,8 +190,8 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
         # Otherwise a minute, whatever the keepalive's own says.
         ("grpc.http2.ping_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
-        # Clients ping every 15 s; fewer than 10 s apart is abuse.
-        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Clients ping every 10 s; fewer than 5 s apart is abuse.
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         # Two processes on one port would share the calls without anybody noticing.
         ("grpc.so_reuseport", 0),
     ]
