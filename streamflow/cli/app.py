@@ -9,18 +9,37 @@ from typer.core import TyperGroup
 
 import streamflow
 from streamflow.cli import dead, edit, generate, inspect, samplers, up
-from streamflow.errors import StreamFlowError
+from streamflow.errors import (
+    AlreadyExistsError,
+    BusyError,
+    DeadlineError,
+    InvalidRequestError,
+    StreamFlowError,
+    UnavailableError,
+)
+
+_FAILED, _BAD_INPUT, _TRY_AGAIN = 1, 2, 3
 
 
 class _OneLineErrors(TyperGroup):
-    """What goes wrong on purpose is one line on stderr and exit code 1."""
+    """What goes wrong on purpose is one line on stderr, and an exit code that says whose turn it is."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (StreamFlowError, OSError) as error:
             typer.echo(f"streamflow: {error}", err=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(_exit_code(error)) from None
+
+
+def _exit_code(error: StreamFlowError | OSError) -> int:
+    match error:
+        case InvalidRequestError() | AlreadyExistsError():
+            return _BAD_INPUT
+        case UnavailableError() | BusyError() | DeadlineError():
+            return _TRY_AGAIN
+        case _:
+            return _FAILED
 
 
 app = typer.Typer(
@@ -60,4 +79,7 @@ def streamflow_command(
     Start everything on this machine, then ask it for a picture:
         streamflow up
         streamflow generate "a large red circle on a white background" -o circle.png
+
+    \b
+    Exit codes: 0 done; 1 failed; 2 what was given cannot be used; 3 unreachable, busy or out of time: try again later.
     """
