@@ -13,7 +13,7 @@ from streamflow.errors import DeadlineError, NotFoundError, StreamFlowError, Una
 from streamflow.types import JobState
 from tests.faults.harness import Asked, Tally, ask, check, everything, read_again, requests, settled
 
-IMPATIENT_S = 6.0
+IMPATIENT_S = 5.0
 """The deadline of requests that meet a dead connection."""
 SLACK_S = 2.0
 """How much later than its deadline a request may end, on a busy machine."""

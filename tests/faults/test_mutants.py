@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(180)]
 
 ROOT = Path(__file__).parents[2]
 # So much later than it should be done: then what was lost shows as DEADLINE.
-PATIENCE_S = 10.0
+PATIENCE_S = 8.0
 # What a zombie does comes no later than this: sixty steps of 20 ms, on a busy machine.
 LATE_S = 2.5
 

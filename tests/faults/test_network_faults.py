@@ -105,7 +105,7 @@ async def test_10_the_reply_to_admit_is_lost(times: int, loss: Loss, tally: Tall
 @pytest.mark.full
 @everywhere
 async def test_11_latency(where: Where, tally: Tally, tmp_path: Path) -> None:
-    sent = requests(12, "latency", steps=20)
+    sent = requests(8, "latency", steps=20)
     async with where(tmp_path) as place, place.client() as client:
         place.proxy.latency_s = 0.2
         await everything(client, sent)
