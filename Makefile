@@ -29,8 +29,7 @@ test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen unde
 	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults
 
 nightly: $(STAMP)  ## What takes longer: the full fault matrix, half an hour of soak, the fuzzers
-	STREAMFLOW_FAULTS_TABLE=docs/faults.md $(BIN)/python -m pytest -m faults tests/faults --deselect tests/faults/test_load.py::test_22_soak
-	STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults/test_load.py::test_22_soak
+	STREAMFLOW_FAULTS_TABLE=docs/faults.md STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	for target in request entry image; do $(BIN)/python -m tests.fuzz.fuzz_$$target -max_total_time=300 || exit 1; done
 

@@ -32,9 +32,7 @@ async def serve(settings: GatewaySettings) -> None:
         max_reserved_bytes=settings.max_reserved_bytes,
         tenant_images_per_minute=settings.tenant_images_per_minute,
     )
-    transport = RedisTransport.from_url(
-        settings.redis_url, deployment=settings.deployment, revision=card.revision, limits=limits
-    )
+    transport = RedisTransport.of(settings, revision=card.revision, limits=limits)
     pipeline = Pipeline(transport, card=card, settings=settings, counters=counters)
     servicer = GatewayServicer(
         pipeline, transport=transport, card=card, settings=settings, keys=keys, counters=counters

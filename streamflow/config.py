@@ -39,6 +39,8 @@ class Settings(BaseSettings):
     max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
     drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")
     lease_s: float = Field(10.0, ge=0.5, description="A worker that is not heard of for so long loses its work")
+    result_keep_s: float = Field(900.0, ge=60, description="How long images that nobody fetched are kept")
+    job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
 
 
 class StageSettings(Settings):

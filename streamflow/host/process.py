@@ -21,7 +21,6 @@ from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import configure_logging, get_logger
 from streamflow.transport.base import Transport
-from streamflow.transport.policy import Policy
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.transport.worker import StageWorker
 from streamflow.types import Stage
@@ -78,8 +77,7 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
 
 def connect(settings: StageSettings, revision: str) -> Transport:
     """The transport of a stage with this model revision."""
-    policy = Policy(lease_s=settings.lease_s)
-    return RedisTransport.from_url(settings.redis_url, deployment=settings.deployment, revision=revision, policy=policy)
+    return RedisTransport.of(settings, revision=revision)
 
 
 async def serve(

@@ -13,6 +13,7 @@ from dataclasses import asdict
 
 import redis.asyncio as redis
 
+from streamflow.config import Settings
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
 from streamflow.transport.base import (
     Admission,
@@ -93,6 +94,19 @@ class RedisTransport:
         policy: Policy | None = None,
     ) -> RedisTransport:
         return cls(connect(url), deployment=deployment, revision=revision, limits=limits, policy=policy)
+
+    @classmethod
+    def of(cls, settings: Settings, *, revision: str, limits: Limits | None = None) -> RedisTransport:
+        """The transport of a process with these settings."""
+        policy = Policy(
+            lease_s=settings.lease_s,
+            result_s=settings.result_keep_s,
+            # What cannot be asked for by its job is of no use.
+            tombstone_s=max(settings.job_keep_s, settings.result_keep_s),
+        )
+        return cls.from_url(
+            settings.redis_url, deployment=settings.deployment, revision=revision, limits=limits, policy=policy
+        )
 
     def __repr__(self) -> str:
         return f"RedisTransport({self._keys.prefix}, in hand: {sum(map(len, self._in_hand.values()))})"

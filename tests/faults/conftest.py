@@ -44,6 +44,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(_line("fault", "requests", "lost", "wrong", "recovery s", "took s"))
     for one in _tallies:
         terminalreporter.write_line(_line(*_cells(one)))
+    for one in _tallies:
+        if one.note:
+            terminalreporter.write_line(f"{one.fault}: {one.note}")
     path = os.environ.get("STREAMFLOW_FAULTS_TABLE", "")
     if path and not terminalreporter.stats.get("failed"):
         Path(path).write_text(_table(), "utf-8")
@@ -64,10 +67,11 @@ def _table() -> str:
     """Markdown, with the date."""
     head = "| fault | requests | lost | wrong | recovery s | took s |\n|---|--:|--:|--:|--:|--:|"
     rows = "\n".join("| " + " | ".join(_cells(one)) + " |" for one in _tallies)
+    notes = "\n".join(f"- {one.fault}: {one.note}" for one in _tallies if one.note)
     when = time.strftime("%Y-%m-%d", time.gmtime())
     return (
         "# The fault matrix\n\n"
-        f"Written by `make nightly` on {when}, on {os.cpu_count()} CPU cores. What the rows are, and what is\n"
-        "promised, is told in [reliability.md](reliability.md).\n\n"
-        f"{head}\n{rows}\n"
+        f"Written by `make nightly` on {when}, on {os.cpu_count()} CPU cores. What is promised, and how it is\n"
+        "tested, is told in [reliability.md](reliability.md).\n\n"
+        f"{head}\n{rows}\n\n{notes}\n"
     )

@@ -81,7 +81,8 @@ class Tally:
     """What became of the requests of one fault.
 
     Attributes:
-        recovery_s: from the fault to the next finished image, where it was measured.
+        recovery_s: how long the fault was felt, where it was measured.
+        note: what else was seen.
     """
 
     fault: str
@@ -90,6 +91,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     recovery_s: float | None = None
     seconds: float = 0.0
+    note: str = ""
 
 
 @asynccontextmanager
