@@ -189,9 +189,8 @@ async def test_22_soak(tally: Tally) -> None:
         AsyncClient(deployment.address) as client,
     ):
         sent: list[Asked] = []
-        samples: list[Sample] = []
+        samples: dict[str, list[Sample]] = {"gateway": [], "redis": []}
         keys: list[int] = []
-        running: set[asyncio.Task[None]] = set()
 
         async def one(asked: Asked) -> None:
             assert await ask(client, asked) == asked.files, asked
@@ -202,36 +201,42 @@ async def test_22_soak(tally: Tally) -> None:
                 await deployment.kill(rng.choice([name for name in deployment.processes if name[-1].isdigit()]))
 
         killing = asyncio.create_task(kill_workers())
-        async with redis.from_url(deployment.redis_url) as store:
+        async with redis.from_url(deployment.redis_url) as store, asyncio.TaskGroup() as asking:
             while time.monotonic() < until:
                 # Sixteen slots of 20 ms steps could make eighty images of ten steps in a second; a machine with two
                 # cores carries about half of that besides.
                 await asyncio.sleep(rng.expovariate(20))
                 [asked] = requests(1, f"soak{len(sent)}", steps=10)
                 sent.append(asked)
-                task = asyncio.create_task(one(asked))
-                running.add(task)
-                task.add_done_callback(running.discard)
+                asking.create_task(one(asked))
                 if len(sent) % 100 == 0:
-                    samples.append(sample(deployment, "gateway", len(sent)))
+                    for name, seen in samples.items():
+                        seen.append(sample(deployment, name, len(sent)))
                     keys.append(await store.dbsize())
-        await asyncio.gather(*running)
         killing.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await killing
         # What is delivered is kept for a minute; the last ones are read again.
         await check(deployment, client, sent[-200:], tally)
         tally.requests = len(sent)
-    files = [one.files for one in samples]
-    tally.note = (
-        f"in {SOAK_S:.0f} s; gateway {samples[0].rss_mb:.1f} to {samples[-1].rss_mb:.1f} MiB, "
-        f"{slope_mb(samples):+.2f} MiB per 1,000 requests in the second half; descriptors {min(files)} to "
-        f"{max(files)}; keys {keys[0]} to {keys[-1]}"
+    tally.note = "; ".join(
+        [f"in {SOAK_S:.0f} s, keys {keys[0]} to {keys[-1]} (most {max(keys)})"]
+        + [f"{name} {described(seen)}" for name, seen in samples.items()]
     )
-    half = len(samples) // 2
-    assert files[-1] <= max(files[:half]) + 5
+    half = len(keys) // 2
+    for seen in samples.values():
+        files = [one.files for one in seen]
+        assert files[-1] <= max(files[: half + 1]) + 5
     # Of each request its job stays for a while, and results until they are freed; nothing else.
     assert keys[-1] <= 2 * len(sent) + 50
     if SOAK_S > 4 * JOB_KEEP_S:
         assert max(keys[half:]) < 1.2 * max(keys[:half])
-        assert slope_mb(samples) < 1.0
+        assert all(slope_mb(seen) < 1.0 for seen in samples.values())
+
+
+def described(samples: list[Sample]) -> str:
+    files = [one.files for one in samples]
+    return (
+        f"{samples[0].rss_mb:.1f} to {samples[-1].rss_mb:.1f} MiB, {slope_mb(samples):+.2f} MiB per 1,000 requests in "
+        f"the second half, descriptors {min(files)} to {max(files)}"
+    )
