@@ -34,6 +34,9 @@ async def _reap(transport: Transport) -> bool:
     except BusyError as error:
         # Full is not away: what is there can be read, and new requests are told when to come back.
         _log.warning("transport is full", reason=str(error))
+    except Exception as error:
+        # One thing that cannot be cleared must not end the gateway, and with it all others.
+        _log.error("what has expired cannot be cleared", error=error)
     return True
 
 

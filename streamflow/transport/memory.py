@@ -59,6 +59,8 @@ class MemoryTransport:
         self._kept: dict[str, tuple[bytes, float]] = {}
         self._previews: deque[PreviewTask] = deque(maxlen=self._policy.max_previews)
         self._reaped_at_s, self._watch_grace_until_s = clock(), 0.0
+        # Which worker empties its hands for a last attempt, and until when it is believed.
+        self._cleared: dict[Stage, tuple[str, float]] = {}
 
     def __repr__(self) -> str:
         return f"MemoryTransport({len(self._state.jobs)} jobs, {self._state.under_way()} images under way)"
@@ -75,17 +77,29 @@ class MemoryTransport:
             if known.new.digest != job.digest:
                 raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
             attached = not job.nonce or known.new.nonce != job.nonce
+            if not known.state.terminal:
+                # Whoever leaves it to itself wants it made without being watched.
+                known.watch_lease_s = job.watch_lease_s and known.watch_lease_s
+                known.watch_until_s = known.watch_lease_s and self._clock() + known.watch_lease_s
             return Admission(attached, known.admitted_at_s, known.deadline_at_s)
-        self._refuse_over_limits(job)
+        paced_s = self._refuse_over_limits(job)
         now_s = self._clock()
         ranks, clock_s = self._ranks(job, now_s)
         estimate_s = self._refuse_late(job, ranks[0], now_s)
         deadline_at_s = now_s + job.timeout_s
         watch_until_s = None if job.watch_lease_s is None else now_s + job.watch_lease_s
-        admitted = Job(job, now_s, deadline_at_s, watch_until_s, [WAITING] * job.num_images, estimate_s=estimate_s)
+        admitted = Job(
+            job,
+            now_s,
+            deadline_at_s,
+            job.watch_lease_s,
+            watch_until_s,
+            [WAITING] * job.num_images,
+            estimate_s=estimate_s,
+        )
         self._state.jobs[job.id] = admitted
         insort(self._state.listed[job.tenant], admitted.place)
-        self._state.clocks[job.tenant] = clock_s
+        self._state.clocks[job.tenant], self._state.paced[job.tenant] = clock_s, paced_s
         self._state.waiting.update({ImageRef(job.id, index): rank for index, rank in enumerate(ranks)})
         self._state.release()
         return Admission(False, now_s, deadline_at_s)
@@ -121,8 +135,8 @@ class MemoryTransport:
 
     async def renew_watch(self, job_id: str) -> None:
         job = self._state.jobs.get(job_id)
-        if job is not None and job.new.watch_lease_s is not None:
-            job.watch_until_s = self._clock() + job.new.watch_lease_s
+        if job is not None and job.watch_lease_s is not None:
+            job.watch_until_s = self._clock() + job.watch_lease_s
 
     async def queue_position(self, job_id: str) -> QueuePosition:
         job = self._job(job_id)
@@ -301,7 +315,8 @@ class MemoryTransport:
             raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
         return self._state.jobs[job_id]
 
-    def _refuse_over_limits(self, job: NewJob) -> None:
+    def _refuse_over_limits(self, job: NewJob) -> float:
+        """Returns what `_paced` says."""
         open_jobs = self._state.open_jobs()
         if len(open_jobs) >= self._limits.max_jobs:
             raise self._busy("jobs")
@@ -315,7 +330,7 @@ class MemoryTransport:
             if not delivered:
                 raise self._busy("bytes")
             delivered.pop(0).results.clear()
-        self._state.paced[job.tenant] = paced_s
+        return paced_s
 
     def _paced(self, job: NewJob) -> float:
         """Until when the tenant's images would have been made, evenly, at the rate that it may have."""
@@ -343,8 +358,8 @@ class MemoryTransport:
         fresh = now_s - self._state.measured.measured_at_s < self._policy.fresh_s
         allowed_s = job.timeout_s / self._policy.headroom
         if expected_s is not None and fresh and expected_s > allowed_s:
-            alone_s = self._state.estimate_s(0.0, job.work, job.num_images) or 0.0
-            if alone_s > allowed_s:
+            alone_s = self._state.alone_s(job.work, job.num_images)
+            if alone_s is not None and alone_s > allowed_s:
                 raise too_late(alone_s, left_s=job.timeout_s)
             raise busy("work", retry_after_s=_retry_s(expected_s - allowed_s))
         return expected_s
@@ -354,23 +369,36 @@ class MemoryTransport:
         return busy(why, retry_after_s=_retry_s(queue_s))
 
     def _take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
+        """See take.lua."""
         self._state.release()
-        taken: list[Entry] = []
-        # See take.lua.
+        most = self._policy.max_deliveries
         held = [entry.deliveries for entry in self._state.streams[stage].values() if entry.owner == worker_id]
-        suspects, alone = max(held, default=0) > 1, max(held, default=0) >= self._policy.max_deliveries
-        decided = suspects
+        suspects, alone = max(held, default=0) > 1, max(held, default=0) >= most
+        taken: list[Entry] = []
+        waits = False
         for entry in self._state.claimable(stage, worker_id):
-            suspect, last = entry.deliveries > 0, 0 < entry.deliveries >= self._policy.max_deliveries - 1
-            if entry.deliveries >= self._policy.max_deliveries:
+            failures = entry.deliveries
+            last = 0 < failures >= most - 1
+            if failures >= most:
                 self._state.give_up(entry, stage)
-            elif len(taken) < count and not alone and (not decided or (suspect is suspects and not last)):
+            elif last and (held or taken):
+                waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
+            elif len(taken) < count and not alone and (failures or not suspects):
                 taken.append(self._deliver(entry, stage, worker_id))
-                suspects, decided, alone = suspect, True, last
-        if suspects:
+                suspects, alone = suspects or failures > 0, last
+                if last:
+                    self._cleared.pop(stage, None)
+        if suspects or waits:
             return taken
         fresh = [entry for entry in self._state.streams[stage].values() if entry.owner is None]
         return taken + [self._deliver(entry, stage, worker_id) for entry in fresh[: count - len(taken)]]
+
+    def _clears_its_hands(self, stage: Stage, worker_id: str) -> bool:
+        who, until_s = self._cleared.get(stage, (worker_id, 0.0))
+        if who != worker_id and until_s > self._clock():
+            return False
+        self._cleared[stage] = worker_id, self._clock() + self._policy.lease_s
+        return True
 
     def _deliver(self, entry: StreamEntry, stage: Stage, worker_id: str) -> Entry:
         now_s, job = self._clock(), self._state.jobs[entry.ref.job_id]

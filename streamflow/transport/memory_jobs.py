@@ -23,6 +23,7 @@ class Job:
     new: NewJob
     admitted_at_s: float
     deadline_at_s: float
+    watch_lease_s: float | None
     watch_until_s: float | None
     places: list[str]
     state: JobState = JobState.QUEUED
@@ -85,6 +86,7 @@ class Measured:
         n, w, t, ww, wt: of images: 1, work, time from release to end, and products.
         busy, done: slot-seconds, and the work that they took, while every slot was in use.
         last_done_s: end of the last image, or of the last time that nothing was under way.
+        full_since_s: when the last free slot was taken.
     """
 
     memory: float
@@ -96,6 +98,7 @@ class Measured:
     busy: float = 0.0
     done: float = 0.0
     last_done_s: float = 0.0
+    full_since_s: float = 0.0
     measured_at_s: float = -inf
 
     def add(self, work: float, time_s: float) -> None:
@@ -168,10 +171,18 @@ class State:
 
     def estimate_s(self, ahead: float, work: float, images: int) -> float | None:
         """How long the last of some images of one job will take, with so much work waiting before the first."""
-        image_s = self.measured.image_s(work)
+        image_s, in_slot_s = self.measured.image_s(work), self.measured.slot_seconds(work)
         if image_s is None:
             return None
+        # Measured images may have waited for a slot; where slots are free, none has to.
+        if in_slot_s is not None and ahead == 0 and self.under_way() < self.num_slots():
+            image_s = min(image_s, in_slot_s)
         return (self.measured.slot_seconds(ahead + work * (images - 1)) or 0.0) / self.num_slots() + image_s
+
+    def alone_s(self, work: float, images: int) -> float | None:
+        """How long the images of a job would take with every slot to themselves."""
+        in_slot_s = self.measured.slot_seconds(work)
+        return None if in_slot_s is None else in_slot_s * (1 + (images - 1) / self.num_slots())
 
     def work_before(self, rank: int) -> float:
         """What images in the queue before this place cost, if all cost the same."""
@@ -192,8 +203,11 @@ class State:
         """Lets waiting images into the stages while fewer than a window are under way."""
         if not self.under_way():
             self.measured.last_done_s = self.clock()
-        for ref in self.queue()[: max(0, int(2 * self.num_slots()) - self.under_way())]:
+        slots = self.num_slots()
+        for ref in self.queue()[: max(0, int(2 * slots) - self.under_way())]:
             del self.waiting[ref]
+            if self.under_way() + 1 == slots:
+                self.measured.full_since_s = self.clock()
             self.enqueue(ref, Stage.ENCODE, {})
             job = self.jobs[ref.job_id]
             job.state, job.released_at_s[ref.index] = JobState.RUNNING, self.clock()
@@ -255,5 +269,6 @@ class State:
         now_s, slots, work = self.clock(), self.num_slots(), job.new.work
         self.measured.add(work, now_s - job.released_at_s.get(index, now_s))
         if self.under_way() >= slots:
-            self.measured.add_busy(work, slots * (now_s - self.measured.last_done_s))
+            since_s = max(self.measured.last_done_s, self.measured.full_since_s)
+            self.measured.add_busy(work, slots * max(0.0, now_s - since_s))
         self.measured.last_done_s = self.measured.measured_at_s = now_s

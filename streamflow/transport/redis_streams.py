@@ -375,11 +375,11 @@ class RedisTransport:
     ) -> tuple[list[Entry], bytes | None]:
         """Entries for the worker, and up to which id the group has read; None while the worker may read no more."""
         lease_ms, deliveries = int(self._policy.lease_s * 1000), self._policy.max_deliveries
-        now_s, taken, seen, suspects = await self._calls.script(
+        now_s, taken, seen, leaves_fresh = await self._calls.script(
             "take", stage.value, stage.service, worker_id, count, lease_ms, deliveries, *in_hand
         )
         entries = [entry_from(stage, delivery, now_s=float(now_s)) for delivery in taken_by_script(taken)]
-        return entries, None if suspects else seen
+        return entries, None if leaves_fresh else seen
 
     async def _more(self, stage: Stage, seen: bytes | None, block_s: float) -> bool:
         """Waits until the stream has an entry after `seen`; only the script gives entries out, as it checks them."""
@@ -394,4 +394,6 @@ class RedisTransport:
     def _put_down(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             for in_hand in self._in_hand.values():
-                in_hand.pop(entry.id, None)
+                # It may have been handed back and taken anew meanwhile.
+                if in_hand.get(entry.id) is entry:
+                    del in_hand[entry.id]

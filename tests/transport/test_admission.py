@@ -80,6 +80,15 @@ async def test_what_cannot_end_in_time_is_refused_at_once(transport):
     await transport.admit(new_job("patient", work=2.0, timeout_s=600))
 
 
+async def test_what_waiting_took_is_not_held_against_an_idle_server(transport):
+    await transport.register(denoiser(slots=1), lease_s=60)
+    # Two under way with one slot: half of the time of each is spent waiting.
+    await transport.admit(new_job("measured", num_images=8))
+    for _ in range(8):
+        await finish_next(transport, after_s=0.1)
+    await transport.admit(new_job("short", timeout_s=0.19))
+
+
 async def test_old_measurements_refuse_nobody(world):
     transport = world.open(policy=replace(FAST, fresh_s=0.0))
     await transport.admit(new_job("measured"))

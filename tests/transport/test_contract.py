@@ -395,6 +395,52 @@ async def test_suspects_in_hand_are_joined_by_suspects_only_and_last_ones_by_nob
     assert [entry.ref.job_id for entry in await take(transport, ENCODE, "third", 9)] == ["fresh"]
 
 
+async def test_one_worker_empties_its_hands_for_a_last_attempt(world):
+    transport, other = world.open(), world.open()
+    await transport.admit(new_job("busy", num_images=2))
+    [mine], [_] = await take(transport, ENCODE, "one"), await take(other, ENCODE, "another")
+    await transport.admit(new_job("bad"))
+    for _ in range(2):
+        await take(transport, ENCODE, "dies")
+        await transport.hand_back(ENCODE, "dies", None, count_attempt=True)
+    await transport.admit(new_job("fresh", num_images=2))
+    assert await take(transport, ENCODE, "one", 9) == []
+    assert [entry.ref.job_id for entry in await take(other, ENCODE, "another", 1)] == ["fresh"]
+    assert await take(transport, ENCODE, "one", 9) == []
+    assert await transport.finish(mine, b"picture")
+    [last] = await take(transport, ENCODE, "one", 9)
+    assert (last.ref.job_id, last.attempt) == ("bad", 3)
+    assert await transport.finish(last, b"picture")
+    assert [entry.ref.job_id for entry in await take(transport, ENCODE, "one", 9)] == ["fresh"]
+
+
+async def test_a_job_that_is_buried_takes_its_results_along(world):
+    transport = world.open(
+        policy=replace(FAST, result_s=60.0, tombstone_s=0.05), limits=Limits(max_reserved_bytes=1000)
+    )
+    for name in ("a", "b", "c"):
+        # The next one finds room only if the last one's bytes were given back.
+        await transport.admit(new_job(name, reserved_bytes=900))
+        [entry] = await take(transport, ENCODE)
+        assert await transport.finish(entry, b"" if name == "b" else bytes(900))
+        await asyncio.sleep(0.1)
+        await transport.reap()
+        with pytest.raises(NotFoundError):
+            await transport.job(name)
+        await transport.reap()
+
+
+async def test_attaching_without_a_watch_leaves_the_job_to_itself(world):
+    transport = world.open(policy=replace(FAST, watch_grace_s=0.0))
+    await transport.admit(new_job(watch_lease_s=0.1))
+    await transport.admit(new_job("watched", watch_lease_s=0.1))
+    assert (await transport.admit(new_job())).attached
+    await asyncio.sleep(0.2)
+    await transport.reap()
+    assert (await transport.job("a")).state is JobState.RUNNING
+    assert (await transport.job("watched")).state is JobState.CANCELLED
+
+
 async def test_handing_back_does_not_count_and_is_claimed_at_once(world):
     transport, other = world.open(), world.open()
     await transport.admit(new_job(num_images=3))

@@ -9,6 +9,15 @@ images, per_minute = tonumber(images), tonumber(per_minute)
 local known = redis.call('HMGET', key, 'digest', 'admitted', 'deadline', 'nonce')
 if known[1] then
   if known[1] ~= digest then return {'exists'} end
+  if redis.call('ZSCORE', OPEN, id) then
+    -- Whoever leaves it to itself wants it made without being watched.
+    if watch_s == '' then
+      redis.call('HDEL', key, 'watch_s')
+      redis.call('ZREM', WATCH, id)
+    else
+      redis.call('ZADD', WATCH, 'XX', NOW + watch_s, id)
+    end
+  end
   -- The same call again: its first answer was lost.
   return {nonce ~= '' and known[4] == nonce and 'admitted' or 'attached', known[2], known[3]}
 end
@@ -66,11 +75,10 @@ end
 
 -- What cannot be done in time is refused at once, if the estimate can be relied on.
 local before = redis.call('ZCOUNT', WAITING, '-inf', rank(0))
-local expected_s, fresh = estimate(work_before(before), work, images)
+local expected_s, fresh, alone_s = estimate(work_before(before), work, images)
 local allowed_s = timeout_s / C.headroom
 if fresh and expected_s > allowed_s then
-  local alone_s = estimate(0, work, images)
-  if alone_s > allowed_s then return refuse('late', seconds(alone_s), 0) end
+  if alone_s and alone_s > allowed_s then return refuse('late', seconds(alone_s), 0) end
   return refuse('busy', 'work', expected_s - allowed_s)
 end
 if expected_s then redis.call('HSET', key, 'estimate', seconds(expected_s)) end

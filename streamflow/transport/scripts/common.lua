@@ -89,7 +89,8 @@ local function add(key, field, amount)
 end
 
 -- How long the last of some images of one job will take, with `ahead` units of work waiting before the first, and
--- whether that is measured and not old. Nothing before the first measurement; see finish.lua.
+-- whether that is measured and not old, and how long they would take with every slot to themselves, if known. Nothing
+-- before the first measurement; see finish.lua.
 local function estimate(ahead, work, images)
   local sums = redis.call('HMGET', META, 'n', 'w', 't', 'ww', 'wt', 'busy', 'done', 'measured')
   if not sums[1] then return nil, false end
@@ -98,8 +99,14 @@ local function estimate(ahead, work, images)
   -- A line through the measured images; through the origin where they were all alike.
   local slope, variance, covariance = t / w, ww / n - (w / n) ^ 2, wt / n - w / n * t / n
   if variance > 0.01 * (w / n) ^ 2 and covariance > 0 then slope = covariance / variance end
-  local wait_s = done > 0 and (ahead + work * (images - 1)) * busy / done / num_slots() or 0
-  return wait_s + math.max(0, t / n + slope * (work - w / n)), NOW - measured < C.fresh_s
+  local slots, slot_seconds = num_slots(), done > 0 and busy / done
+  local wait_s = slot_seconds and (ahead + work * (images - 1)) * slot_seconds / slots or 0
+  local image_s = math.max(0, t / n + slope * (work - w / n))
+  -- Measured images may have waited for a slot; where slots are free, none has to.
+  if slot_seconds and ahead == 0 and redis.call('SCARD', UNDER_WAY) < slots then
+    image_s = math.min(image_s, work * slot_seconds)
+  end
+  return wait_s + image_s, NOW - measured < C.fresh_s, slot_seconds and work * slot_seconds * (1 + (images - 1) / slots)
 end
 
 -- What the work of a queue adds up to: an image's share of the sum, since images in it may differ.
@@ -125,9 +132,11 @@ local function release()
   local under_way = redis.call('SCARD', UNDER_WAY)
   -- The rate is measured over busy time only.
   if under_way == 0 then redis.call('HSET', META, 'last_done', seconds(NOW)) end
-  for _ = 1, 2 * num_slots() - under_way do
+  local slots = num_slots()
+  for number = under_way + 1, 2 * slots do
     local ref = redis.call('ZRANGE', WAITING, 0, 0)[1]
     if not ref then return end
+    if number == slots then redis.call('HSET', META, 'full_since', seconds(NOW)) end
     local id, index = split_ref(ref)
     enqueue(id, index, 'encode', {})
     leave_queue(ref, redis.call('HGET', job_key(id), 'work'))
@@ -158,7 +167,8 @@ end
 local function free_result(ref)
   local id, index = split_ref(ref)
   redis.call('DEL', result_key(id, index))
-  redis.call('HINCRBY', META, 'reserved', -(redis.call('HGET', job_key(id), 'b' .. index) or 0))
+  -- Not a negated 0, which Redis does not take for an integer.
+  redis.call('HINCRBY', META, 'reserved', 0 - (redis.call('HGET', job_key(id), 'b' .. index) or 0))
   redis.call('HDEL', job_key(id), 'b' .. index)
   redis.call('ZREM', RESULTS, ref)
 end
@@ -211,11 +221,14 @@ end
 local function forget_worker(worker)
   local value = redis.call('HGET', WORKERS, worker)
   if not value then return end
-  redis.call('HDEL', WORKERS, worker)
   local _, info = registered(value)
-  if not info or type(info.stage) ~= 'string' then return end
-  local stream = stream_key(info.stage, C.revision)
-  local pending = redis.pcall('XPENDING', stream, GROUP, '-', '+', 1, worker)
-  if not pending.err and #pending == 0 then redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker) end
+  if info and type(info.stage) == 'string' then
+    local stream = stream_key(info.stage, C.revision)
+    local pending = redis.pcall('XPENDING', stream, GROUP, '-', '+', 1, worker)
+    -- Later, then: whoever reaps next asks again.
+    if #pending > 0 then return end
+    if not pending.err then redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, worker) end
+  end
+  redis.call('HDEL', WORKERS, worker)
 end
 

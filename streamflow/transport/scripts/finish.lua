@@ -26,7 +26,9 @@ local function measure()
   local terms = {n = 1, w = work, t = time, ww = work * work, wt = work * time}
   local slots = num_slots()
   if redis.call('SCARD', UNDER_WAY) >= slots then
-    terms.busy, terms.done = slots * (NOW - (redis.call('HGET', META, 'last_done') or NOW)), work
+    local last_done, full_since = unpack(redis.call('HMGET', META, 'last_done', 'full_since'))
+    terms.busy = slots * math.max(0, NOW - math.max(last_done or NOW, full_since or 0))
+    terms.done = work
   end
   for name, term in pairs(terms) do
     local before = redis.call('HGET', META, name) or 0

@@ -29,7 +29,12 @@ end
 
 due(RESULTS, free_result)
 due(ENDED, function(id)
-  redis.call('ZREM', jobs_key(redis.call('HGET', job_key(id), 'tenant') or ''), id)
+  local tenant, images = unpack(redis.call('HMGET', job_key(id), 'tenant', 'images'))
+  -- What is left of its results cannot be accounted for without it.
+  for index = 0, (images or 0) - 1 do
+    if redis.call('ZSCORE', RESULTS, id .. ':' .. index) then free_result(id .. ':' .. index) end
+  end
+  redis.call('ZREM', jobs_key(tenant or ''), id)
   redis.call('DEL', job_key(id))
   redis.call('ZREM', ENDED, id)
 end)

@@ -1,5 +1,5 @@
 -- stage, service, worker, count, lease_ms, max_deliveries, entry ids in hand ...
--- -> {now, {{id, attempt, fields} ...}, last id read, 1 if fresh entries are left for others}
+-- -> {now, {{id, attempt, fields} ...}, last id read, 1 if what never failed is left to others}
 local _, stage, service, worker, count, lease_ms, max_deliveries = unpack(ARGV, 1, 7)
 local stream = stream_key(stage, C.revision)
 count, max_deliveries = tonumber(count), tonumber(max_deliveries)
@@ -18,21 +18,19 @@ local function pending(...)
   return {}
 end
 
--- What may have ended a worker is given out beside others of its kind only, and alone in its last attempt: so nobody
--- innocent is given up, and a worker's many images do not wait for each other.
-local suspects, alone = false, false
-
--- What is ours without our knowing, because a reply was lost, and what nobody beat for a lease.
-local candidates = {}
+-- What is ours without our knowing, because a reply was lost and nothing of it was begun, and what nobody beat for a
+-- lease; with how often it failed.
+local candidates, suspects, alone = {}, false, false
 for _, item in ipairs(pending('-', '+', num_in_hand + count, worker)) do
-  if in_hand[item[1]] then
-    suspects, alone = suspects or item[4] > 1, alone or item[4] >= max_deliveries
+  local id, deliveries = item[1], item[4]
+  if in_hand[id] then
+    suspects, alone = suspects or deliveries > 1, alone or deliveries >= max_deliveries
   else
-    candidates[#candidates + 1] = item
+    candidates[#candidates + 1] = {id, deliveries - 1}
   end
 end
 for _, item in ipairs(pending('IDLE', lease_ms, '-', '+', num_in_hand + count)) do
-  if item[2] ~= worker then candidates[#candidates + 1] = item end
+  if item[2] ~= worker then candidates[#candidates + 1] = {item[1], item[4]} end
 end
 
 -- Whoever else writes to the stream must not stop the stage.
@@ -71,22 +69,38 @@ local function last_read()
   end
 end
 
-local taken, decided = {}, suspects
-for _, item in ipairs(candidates) do
-  local id, deliveries = item[1], item[4]
-  local suspect, last = deliveries > 0, deliveries > 0 and deliveries + 1 >= max_deliveries
+-- One worker at a time empties its hands for a last attempt: the field says who, and until when it is believed.
+local cleared = 'cleared:' .. stream
+local function clears_its_hands()
+  local who, until_s = string.match(redis.call('HGET', META, cleared) or '', '^(%S+) (%S+)$')
+  if who and who ~= worker and tonumber(until_s) > NOW then return false end
+  redis.call('HSET', META, cleared, worker .. ' ' .. seconds(NOW + C.lease_s))
+  return true
+end
+
+-- What failed before may have ended its worker. In its second attempt it keeps the worker from taking what never failed,
+-- and it is never in hand with anything in its last one: so nobody innocent is given up, and a worker's many images do
+-- not wait for each other.
+local taken, waits = {}, false
+for _, candidate in ipairs(candidates) do
+  local id, failures = candidate[1], candidate[2]
+  local suspect, last = failures > 0, failures > 0 and failures + 1 >= max_deliveries
   local raw, fields = current(id)
-  if raw and deliveries >= max_deliveries then
+  if raw and failures >= max_deliveries then
     -- A job that no gateway of ours wrote cannot be ended either.
-    if not pcall(give_up, id, fields, deliveries) then discard(stream, id) end
-  elseif raw and #taken < count and not alone and (not decided or suspect == suspects and not last) then
-    redis.call('XCLAIM', stream, GROUP, worker, 0, id)
-    taken[#taken + 1] = {id, deliveries + 1, raw}
-    suspects, decided, alone = suspect, true, last
+    if not pcall(give_up, id, fields, failures) then discard(stream, id) end
+  elseif raw and last and num_in_hand + #taken > 0 then
+    waits = waits or not alone and clears_its_hands()
+  elseif raw and #taken < count and not alone and (suspect or not suspects) then
+    redis.call('XCLAIM', stream, GROUP, worker, 0, id, 'RETRYCOUNT', failures + 1, 'JUSTID')
+    taken[#taken + 1] = {id, failures + 1, raw}
+    suspects, alone = suspects or suspect, last
+    if last then redis.call('HDEL', META, cleared) end
   end
 end
 
-if #taken < count and not suspects then
+local reads = not suspects and not waits
+if #taken < count and reads then
   local reply = redis.call('XREADGROUP', 'GROUP', GROUP, worker, 'COUNT', count - #taken, 'STREAMS', stream, '>')
   for _, entry in ipairs(reply and reply[1][2] or {}) do
     -- After the group was lost, what is in hand comes once more.
@@ -94,4 +108,4 @@ if #taken < count and not suspects then
     if raw then taken[#taken + 1] = {entry[1], 1, raw} end
   end
 end
-return {seconds(NOW), taken, last_read(), suspects and 1 or 0}
+return {seconds(NOW), taken, last_read(), reads and 0 or 1}
