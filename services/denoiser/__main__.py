@@ -32,7 +32,7 @@ def main() -> None:
         )
 
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
-        return DenoiseHandler(stage, transport)
+        return DenoiseHandler(stage, transport, hung_after_s=settings.progress_timeout_s)
 
     async def watch(handler: DenoiseHandler, worker: StageWorker) -> None:
         await handler.watch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from streamflow.host.latest import Latest, passed_on
 from streamflow.host.request import ImageRequest, read_request
 from streamflow.rpc.convert import progress_event
 from streamflow.stages.denoiser import DenoiserStage
-from streamflow.stages.runner import SuspendedError
+from streamflow.stages.runner import EngineEndedError, SuspendedError
 from streamflow.telemetry import get_logger
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, PreviewTask, Transport
@@ -49,15 +50,16 @@ class DenoiseHandler:
     Args:
         stage: entered by the caller.
         transport: where tensors are fetched, and progress and previews go.
+        hung_after_s: what a step of the whole batch may take.
     """
 
-    def __init__(self, stage: DenoiserStage, transport: Transport) -> None:
-        self._stage, self._transport = stage, transport
+    def __init__(self, stage: DenoiserStage, transport: Transport, *, hung_after_s: float = inf) -> None:
+        self._stage, self._transport, self._hung_after_s = stage, transport, hung_after_s
         self.counters: Counter[str] = Counter()
 
     async def watch(self) -> None:
-        """Returns never. Raises UnavailableError when the engine has ended."""
-        await self._stage.watch()
+        """Returns never. Raises UnavailableError when the engine has ended or hangs."""
+        await self._stage.watch(hung_after_s=self._hung_after_s)
 
     def suspend(self) -> None:
         """What is under way goes to other denoisers, which continue it."""
@@ -82,6 +84,9 @@ class DenoiseHandler:
             return handoff.send_back(entry, watch.stop("denoise"))
         try:
             latents = await self._denoise(context, job)
+        except EngineEndedError as error:
+            # Not "unavailable", which would cost no attempt: it may be this image that ends engines.
+            raise RuntimeError(f"{error}, while it made {entry.ref}") from error
         except SuspendedError as suspended:
             return await self._hand_over(entry, suspended.state, watch)
         payload = await handoff.pack_latents(self._transport, latents, keep_s=handoff.keep_s(entry))

@@ -50,13 +50,15 @@ class DenoiserServicer(ControlServicer, denoiser_pb2_grpc.DenoiserServicer):
             progress: Latest[denoiser_pb2.DenoiseEvent] = Latest(interval_s=0.0)
             previews: Latest[denoiser_pb2.DenoiseEvent] = Latest(interval_s=0.0)
             writing = asyncio.Lock()
-            async with passed_on(*((news, _tell(news, context, writing)) for news in (progress, previews))):
-                latents = await self._stage.denoise(
-                    job,
-                    key=request.key or None,
-                    on_progress=lambda step, steps: progress.put(_progress(step, steps)),
-                    on_preview=lambda step, latents: previews.put(_preview(step, latents)),
-                )
+            told = passed_on(*((news, _tell(news, context, writing)) for news in (progress, previews)))
+            with self._control.worker.lend():
+                async with told:
+                    latents = await self._stage.denoise(
+                        job,
+                        key=request.key or None,
+                        on_progress=lambda step, steps: progress.put(_progress(step, steps)),
+                        on_preview=lambda step, latents: previews.put(_preview(step, latents)),
+                    )
             await context.write(denoiser_pb2.DenoiseEvent(latents=codec.to_pb(latents)))
 
     async def Change(

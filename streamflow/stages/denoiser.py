@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Self
 
@@ -173,9 +174,9 @@ class DenoiserStage:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
-    async def watch(self) -> None:
-        """Returns never. Raises UnavailableError when the engine has ended: only a new process helps then."""
-        await self._entered.watch()
+    async def watch(self, *, hung_after_s: float = inf) -> None:
+        """Returns never. Raises UnavailableError when the engine has ended or hangs: only a new process helps then."""
+        await self._entered.watch(hung_after_s=hung_after_s)
 
     async def denoise(
         self,

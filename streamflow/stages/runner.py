@@ -8,7 +8,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Self
 
 import numpy as np
@@ -21,7 +23,14 @@ from streamflow.types import SlotState
 
 KEPT_TICKS = 4096
 
+_JOIN_S = 10.0
+_LOOK_S = 1.0
+
 _LEAVING = "this denoiser is shutting down; call another replica"
+
+
+class EngineEndedError(UnavailableError):
+    """The engine's thread ended, or hangs, while the image was in its slot: the image may be why."""
 
 
 class SuspendedError(UnavailableError):
@@ -88,6 +97,7 @@ class EngineRunner:
         self._error: BaseException | None = None
         self._suspended = False
         self._ended = asyncio.Event()
+        self._tick_began_s: float | None = None
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -97,19 +107,30 @@ class EngineRunner:
     async def __aexit__(self, *exc_info: object) -> None:
         """Ends the thread after its tick; images under way are cancelled."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        # A thread that hangs in a network call goes with its process.
+        await asyncio.to_thread(self._thread.join, _JOIN_S)
         for watcher in self._watchers.values():
             watcher.latents.cancel()
         for change in self._changes:
             change.cancel()
 
-    async def watch(self) -> None:
-        """Returns never; a process whose engine has ended should end too, so that it is started anew.
+    async def watch(self, *, hung_after_s: float = inf) -> None:
+        """Returns never; a process whose engine has ended or hangs should end too, so that it is started anew.
+
+        Args:
+            hung_after_s: what a tick may take.
 
         Raises:
-            UnavailableError: the engine's thread has ended.
+            UnavailableError: the engine's thread has ended, or it hangs.
         """
-        await self._ended.wait()
+        while not self._ended.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(_LOOK_S, hung_after_s / 4)):
+                    await self._ended.wait()
+            # The thread's own; it may be set anew at any time.
+            began_s = self._tick_began_s
+            if began_s is not None and time.perf_counter() - began_s > hung_after_s:
+                self._break(TimeoutError(f"a tick has not ended after {hung_after_s:g} s"))
         raise UnavailableError("the denoiser's engine has ended; restart the denoiser") from self._error
 
     @property
@@ -190,9 +211,10 @@ class EngineRunner:
     def _work(self) -> None:
         try:
             while self._obey():
-                started = time.perf_counter()
+                self._tick_began_s = began_s = time.perf_counter()
                 report = self._engine.tick()
-                self._tell(self._deliver, report, time.perf_counter() - started)
+                self._tick_began_s = None
+                self._tell(self._deliver, report, time.perf_counter() - began_s)
             self._engine.clear()
         except BaseException as error:
             self._tell(self._break, error)
@@ -274,11 +296,11 @@ class EngineRunner:
     def _break(self, error: BaseException) -> None:
         self._error = error
         self._ended.set()
-        reason = UnavailableError(f"the denoiser's engine ended: {type(error).__name__}")
-        for handle in list(self._watchers):
-            self._fail(handle, reason)
+        reason = f"the denoiser's engine ended: {type(error).__name__}: {error}"
+        for handle, watcher in list(self._watchers.items()):
+            self._fail(handle, UnavailableError(reason) if watcher.waiting else EngineEndedError(reason))
         for change in self._changes:
-            _settle(change, reason)
+            _settle(change, UnavailableError(reason))
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:

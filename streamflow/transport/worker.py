@@ -7,7 +7,8 @@ import contextlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -66,16 +67,26 @@ class DrainReport:
 
 
 class EntryContext:
-    """One entry in hand, as its handler sees it. Belongs to the event loop: other threads call it through the loop."""
+    """One entry in hand, as its handler sees it. Belongs to the event loop: other threads call it through the loop.
+
+    Attributes:
+        step_s: the longest time from one progress to the next one so far.
+    """
 
     def __init__(self, entry: Entry, *, progress_timeout_s: float) -> None:
         self.entry = entry
+        self.step_s = 0.0
+        self._last_progress: float | None = None
         self._progress_timeout_s = progress_timeout_s
         self._deadline = asyncio.get_running_loop().time() + entry.remaining_s
         self._limit: asyncio.Timeout | None = None
 
     def progress(self) -> None:
         """Says that the work goes on; without it the handler is stopped after the worker's `progress_timeout_s`."""
+        now = asyncio.get_running_loop().time()
+        if self._last_progress is not None:
+            self.step_s = max(self.step_s, now - self._last_progress)
+        self._last_progress = now
         if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(self._next_limit())
 
@@ -137,8 +148,8 @@ class StageWorker:
         capacity: entries to hold at once.
         progress_timeout_s: a handler that reports no progress for so long is stopped, and its attempt counted.
         register_every_s: the registry's lease is three times this.
-        suspend: called when a drain's grace period ends: the handlers shall return at once, with outcomes from which
-            others can go on. What they leave undone is handed back as it was.
+        suspend: called a step before a drain's grace period ends: the handlers shall return after their step, with
+            outcomes from which others can go on. What they leave undone is handed back as it was.
     """
 
     def __init__(
@@ -169,6 +180,7 @@ class StageWorker:
         self._draining = asyncio.Event()
         self._stopped = asyncio.Event()
         self._leave_at = inf
+        self._lent = 0
         self._read_backoff, self._work_backoff = Backoff(), Backoff()
         self.counters: Counter[str] = Counter()
 
@@ -183,6 +195,16 @@ class StageWorker:
     @property
     def draining(self) -> bool:
         return self._draining.is_set()
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        """Work that is not from the stream takes a place meanwhile: no entry is read for it."""
+        self._lent += 1
+        try:
+            yield
+        finally:
+            self._lent -= 1
+            self._changed.set()
 
     async def run(self) -> None:
         """Works until `drain` or cancellation; either way nothing stays behind in this worker's name."""
@@ -220,8 +242,8 @@ class StageWorker:
         while not self.draining:
             # Cleared before the look, so that a change after it is not missed.
             self._changed.clear()
-            free = self._capacity - len(self._in_hand)
-            if free == 0:
+            free = self._capacity - self._lent - len(self._in_hand)
+            if free <= 0:
                 await self._changed.wait()
                 continue
             await self._pause(max(self._read_backoff.next_s(), self._work_backoff.next_s()))
@@ -379,10 +401,14 @@ class StageWorker:
                     await self._draining.wait()
 
     async def _wait_for_the_rest(self) -> None:
-        await self._wait_until_empty(lambda: self._leave_at)
-        if self._in_hand and self._suspend is not None:
+        if self._suspend is None:
+            await self._wait_until_empty(lambda: self._leave_at)
+            return
+        step_s = max((context.step_s for context, _ in self._in_hand.values()), default=0.0)
+        await self._wait_until_empty(lambda: self._leave_at - step_s)
+        if self._in_hand:
             self._suspend()
-            until = asyncio.get_running_loop().time() + _SUSPEND_S
+            until = max(self._leave_at, asyncio.get_running_loop().time() + step_s) + _SUSPEND_S
             await self._wait_until_empty(lambda: until)
 
     async def _wait_until_empty(self, until: Callable[[], float]) -> None:
@@ -394,7 +420,8 @@ class StageWorker:
 
     async def _leave(self) -> None:
         try:
-            await self._hand_back(None)
+            # Whoever leaves without having been asked may have been ended by what it holds.
+            await self._hand_back(None, count_attempt=not self.draining)
             await self._transport.unregister(self._worker_id)
         except _TRANSIENT as error:
             log.warning("%s: others take over when the leases lapse: %s", self._stage.service, error)

@@ -6,7 +6,9 @@ import asyncio
 import hashlib
 import io
 import json
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,6 +255,25 @@ async def test_direct_calls_that_hold_every_slot_are_no_fault_of_an_image_that_w
         assert isinstance(await waiting, Advance)
         for task in direct:
             task.cancel()
+
+
+async def test_an_image_that_ends_the_engine_loses_an_attempt(
+    rig: Rig, sd_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await rig.admit(rig.spec())
+    await rig.step(Stage.ENCODE)
+
+    def lost(report: object) -> None:
+        raise RuntimeError("the device is lost")
+
+    # The thread's own traceback goes to the hook for threads, which the tests would take for a failure.
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    async with DenoiserStage.load(sd_checkpoint, device="cpu", slots=1) as stage:
+        monkeypatch.setattr(stage._engine, "_retire", lost)
+        rig.handlers[Stage.DENOISE] = DenoiseHandler(stage, rig.transport)
+        # Any error but "unavailable", with which a worker would hand it back as if nothing had happened.
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            await rig.handle(await rig.next(Stage.DENOISE))
 
 
 @pytest.mark.parametrize("inline_bytes", [handoff.MAX_INLINE_BYTES, 100])

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streamflow.batching.engine import TickReport
 from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Role
 from streamflow.stages.denoiser import DenoiserStage
+from streamflow.stages.runner import EngineEndedError
 from streamflow.types import DenoiseJob, JobChange
 from tests.checkpoints import TOKENS
 
@@ -120,6 +122,29 @@ async def test_an_engine_that_ended_says_so_to_its_process(
             await watch
         with pytest.raises(UnavailableError, match="restart"):
             await stage.denoise(job())
+
+
+async def test_an_engine_that_hangs_says_so_to_its_process(
+    sd_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = DenoiserStage.load(sd_checkpoint, device="cpu", slots=2)
+    come_back, tick = threading.Event(), stage._engine.tick
+
+    def hang() -> TickReport:
+        come_back.wait()
+        return tick()
+
+    async with stage:
+        await stage.denoise(job())
+        watch = asyncio.create_task(stage.watch(hung_after_s=0.2))
+        await asyncio.sleep(0.5)
+        assert not watch.done(), "an idle engine does not hang"
+        monkeypatch.setattr(stage._engine, "tick", hang)
+        with pytest.raises(EngineEndedError, match=r"has not ended after 0\.2 s"):
+            await stage.denoise(job())
+        with pytest.raises(UnavailableError, match="restart"):
+            await watch
+        come_back.set()
 
 
 async def test_leaving_the_stage_ends_what_is_under_way(stage: DenoiserStage) -> None:

@@ -466,9 +466,28 @@ async def test_a_cancelled_worker_leaves_nothing_in_its_name(world, eventually):
     async with running(make_worker(world.open(policy=STEADY), hold)):
         await transport.admit(new_job(num_images=2))
         await eventually(hold.has(2))
-    entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
-    assert [entry.attempt for entry in entries] == [1, 1]
+
+    async def handed_back():
+        return await transport.read(Stage.ENCODE, "other", 9, block_s=0)
+
+    # Nobody asked it to leave: what it held may be why.
+    assert [entry.attempt for entry in await eventually(handed_back)] == [2, 2]
     assert await transport.workers() == []
+
+
+async def test_a_place_that_is_lent_is_not_filled_from_the_stream(world, eventually):
+    transport = world.open(policy=STEADY)
+    hold = Hold()
+    worker = make_worker(world.open(policy=STEADY), hold, capacity=2)
+    async with running(worker):
+        with worker.lend():
+            await transport.admit(new_job(num_images=2))
+            await eventually(hold.has(1))
+            await asyncio.sleep(0.1)
+            assert worker.in_hand == 1
+        await eventually(hold.has(2))
+        hold.let_go.set()
+        assert (await eventually(ended(transport))).state is JobState.IMAGES
 
 
 def test_pauses_grow_to_a_limit():
