@@ -162,6 +162,9 @@ class MemoryTransport:
         self._reaped_at_s = now_s
         late = [job for job in self._state.open_jobs() if job.deadline_at_s <= now_s]
         for job in late:
+            for index in job.live():
+                if job.places[index] != WAITING:
+                    self._state.measure(job, index, is_done=False)
             why = Failure("DEADLINE_EXCEEDED", "the deadline passed before every image was finished")
             self._state.end_job(job, JobState.DEADLINE, "deadline", why)
         touched = len(late) + (self._reap_unwatched(now_s) if now_s >= self._watch_grace_until_s else 0)
@@ -346,7 +349,7 @@ class MemoryTransport:
         """Places of a job's images in the queue, and where that leaves its tenant's clock; see admit.lua."""
         start_s = max(now_s, self._state.clocks[job.tenant] if self._state.waiting else 0.0)
         slot_seconds = self._state.measured.slot_seconds(job.work)
-        each_s = job.work * self._policy.work_s if slot_seconds is None else slot_seconds / self._state.num_slots()
+        each_s = slot_seconds / self._state.num_slots() if slot_seconds else job.work * self._policy.work_s
         urgent_s = now_s + job.timeout_s - self._policy.urgent_s
         early_s = self._policy.priority_weight_s * job.priority
         ranks = [min(start_s + k * each_s - early_s, urgent_s + k * 1e-6) for k in range(job.num_images)]
@@ -354,12 +357,12 @@ class MemoryTransport:
 
     def _refuse_late(self, job: NewJob, rank: float, now_s: float) -> float | None:
         before = sum(other <= rank for other in self._state.waiting.values())
-        expected_s = self._state.estimate_s(self._state.work_before(before), job.work, job.num_images)
-        fresh = now_s - self._state.measured.measured_at_s < self._policy.fresh_s
+        expected_s, at_s = self._state.estimate(self._state.work_before(before), job.work, job.num_images)
+        fresh = now_s - at_s < self._policy.fresh_s
         allowed_s = job.timeout_s / self._policy.headroom
         if expected_s is not None and fresh and expected_s > allowed_s:
             alone_s = self._state.alone_s(job.work, job.num_images)
-            if alone_s is not None and alone_s > allowed_s:
+            if alone_s > allowed_s:
                 raise too_late(alone_s, left_s=job.timeout_s)
             raise busy("work", retry_after_s=_retry_s(expected_s - allowed_s))
         return expected_s

@@ -9,7 +9,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import inf
+from math import frexp, inf
 
 from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, NewJob, Payload
 from streamflow.transport.policy import Policy
@@ -33,7 +33,7 @@ class Job:
     warnings: dict[str, None] = field(default_factory=dict)
     results: dict[int, bytes] = field(default_factory=dict)
     results_until_s: float | None = None
-    released_at_s: dict[int, float] = field(default_factory=dict)
+    released: dict[int, tuple[float, int]] = field(default_factory=dict)
     estimate_s: float | None = None
 
     @property
@@ -79,46 +79,74 @@ class StreamEntry:
 
 
 @dataclass(slots=True)
-class Measured:
-    """What estimates are made of, as sums in which an image counts less with every one that follows.
+class Sums:
+    """Of images that were under way among about as many others; each counts less with every one that follows.
 
     Attributes:
-        n, w, t, ww, wt: of images: 1, work, time from release to end, and products.
+        n, w, t, ww, wt, x: 1, work, time, products, and how many were under way.
+        at_s: when the last one ended.
+    """
+
+    n: float = 0.0
+    w: float = 0.0
+    t: float = 0.0
+    ww: float = 0.0
+    wt: float = 0.0
+    x: float = 0.0
+    at_s: float = -inf
+
+    def add(self, work: float, time_s: float, load: float, *, memory: float) -> None:
+        terms = {"n": 1.0, "w": work, "t": time_s, "ww": work * work, "wt": work * time_s, "x": load}
+        for name, term in terms.items():
+            setattr(self, name, memory * getattr(self, name) + term)
+
+    def image_s(self, work: float) -> float:
+        """On a line through the measured images; through the origin where they were all alike."""
+        mean_w, mean_t = self.w / self.n, self.t / self.n
+        variance, covariance = self.ww / self.n - mean_w**2, self.wt / self.n - mean_w * mean_t
+        alike = variance <= 0.01 * mean_w**2 or covariance <= 0
+        return max(0.0, mean_t + (mean_t / mean_w if alike else covariance / variance) * (work - mean_w))
+
+
+@dataclass(slots=True)
+class Measured:
+    """What estimates are made of; see common.lua.
+
+    Attributes:
+        classes: by the binary logarithm of how many images were under way.
         busy, done: slot-seconds, and the work that they took, while every slot was in use.
         last_done_s: end of the last image, or of the last time that nothing was under way.
         full_since_s: when the last free slot was taken.
     """
 
     memory: float
-    n: float = 0.0
-    w: float = 0.0
-    t: float = 0.0
-    ww: float = 0.0
-    wt: float = 0.0
+    classes: dict[int, Sums] = field(default_factory=dict)
     busy: float = 0.0
     done: float = 0.0
     last_done_s: float = 0.0
     full_since_s: float = 0.0
-    measured_at_s: float = -inf
-
-    def add(self, work: float, time_s: float) -> None:
-        for name, term in (("n", 1.0), ("w", work), ("t", time_s), ("ww", work * work), ("wt", work * time_s)):
-            setattr(self, name, self.memory * getattr(self, name) + term)
 
     def add_busy(self, work: float, slot_seconds: float) -> None:
         self.busy, self.done = self.memory * self.busy + slot_seconds, self.memory * self.done + work
 
-    def slot_seconds(self, work: float) -> float | None:
-        return work * self.busy / self.done if self.done else None
+    def slot_seconds(self, work: float) -> float:
+        return work * self.busy / self.done if self.done else 0.0
 
-    def image_s(self, work: float) -> float | None:
-        """From its release to its end, on a line through the measured images."""
-        if not self.n:
-            return None
-        mean_w, mean_t = self.w / self.n, self.t / self.n
-        variance, covariance = self.ww / self.n - mean_w**2, self.wt / self.n - mean_w * mean_t
-        alike = variance <= 0.01 * mean_w**2 or covariance <= 0
-        return max(0.0, mean_t + (mean_t / mean_w if alike else covariance / variance) * (work - mean_w))
+    def image_s(self, work: float, load: float) -> tuple[float | None, float]:
+        """How long an image is under way among `load`, or the least that it can be; and when that was measured."""
+        own = number_of(load)
+        if own in self.classes:
+            return self.classes[own].image_s(work), self.classes[own].at_s
+        least = [
+            sums.image_s(work) * (1.0 if number < own else load * sums.n / sums.x)
+            for number, sums in self.classes.items()
+        ]
+        return max(least, default=None), max((sums.at_s for sums in self.classes.values()), default=-inf)
+
+
+def number_of(load: float) -> int:
+    """Of the class of images among so many."""
+    return frexp(max(1.0, load))[1] - 1
 
 
 class State:
@@ -171,18 +199,26 @@ class State:
 
     def estimate_s(self, ahead: float, work: float, images: int) -> float | None:
         """How long the last of some images of one job will take, with so much work waiting before the first."""
-        image_s, in_slot_s = self.measured.image_s(work), self.measured.slot_seconds(work)
-        if image_s is None:
-            return None
-        # Measured images may have waited for a slot; where slots are free, none has to.
-        if in_slot_s is not None and ahead == 0 and self.under_way() < self.num_slots():
-            image_s = min(image_s, in_slot_s)
-        return (self.measured.slot_seconds(ahead + work * (images - 1)) or 0.0) / self.num_slots() + image_s
+        return self.estimate(ahead, work, images)[0]
 
-    def alone_s(self, work: float, images: int) -> float | None:
-        """How long the images of a job would take with every slot to themselves."""
-        in_slot_s = self.measured.slot_seconds(work)
-        return None if in_slot_s is None else in_slot_s * (1 + (images - 1) / self.num_slots())
+    def estimate(self, ahead: float, work: float, images: int) -> tuple[float | None, float]:
+        """`estimate_s`, and when that was measured."""
+        window, under_way = 2 * self.num_slots(), self.under_way()
+        image_s, at_s = self.measured.image_s(work, window if ahead else min(window, under_way + images))
+        if image_s is None:
+            return None, at_s
+        waiting = images - 1 if ahead else under_way + images - window
+        return self._queue_s(ahead + work * max(0, waiting)) + image_s, at_s
+
+    def alone_s(self, work: float, images: int) -> float:
+        """How long they would take if nobody else were there."""
+        window = 2 * self.num_slots()
+        image_s, _ = self.measured.image_s(work, min(window, images))
+        return self._queue_s(work * max(0, images - window)) + (image_s or 0.0)
+
+    def _queue_s(self, work: float) -> float:
+        """How long work waits for a server whose slots are all in use."""
+        return self.measured.slot_seconds(work) / self.num_slots()
 
     def work_before(self, rank: int) -> float:
         """What images in the queue before this place cost, if all cost the same."""
@@ -210,7 +246,7 @@ class State:
                 self.measured.full_since_s = self.clock()
             self.enqueue(ref, Stage.ENCODE, {})
             job = self.jobs[ref.job_id]
-            job.state, job.released_at_s[ref.index] = JobState.RUNNING, self.clock()
+            job.state, job.released[ref.index] = JobState.RUNNING, (self.clock(), self.under_way())
             self.wake(ref.job_id)
 
     def end_image(self, ref: ImageRef, state: str) -> None:
@@ -239,7 +275,7 @@ class State:
             self.end_job(job, JobState.ERROR, "cancelled", result)
             return
         job.results[ref.index] = result
-        self._measure(job, ref.index)
+        self.measure(job, ref.index, is_done=True)
         self.end_image(ref, "done")
         if not job.live():
             self.end_job(job, JobState.IMAGES, "cancelled", None)
@@ -265,10 +301,17 @@ class State:
             if still_there and entry.owner not in (None, worker_id) and entry.delivered_at_s <= lapsed_s:
                 yield entry
 
-    def _measure(self, job: Job, index: int) -> None:
+    def measure(self, job: Job, index: int, *, is_done: bool) -> None:
+        """Counts an image that is under way; what did not end says only that it takes longer."""
         now_s, slots, work = self.clock(), self.num_slots(), job.new.work
-        self.measured.add(work, now_s - job.released_at_s.get(index, now_s))
-        if self.under_way() >= slots:
-            since_s = max(self.measured.last_done_s, self.measured.full_since_s)
-            self.measured.add_busy(work, slots * max(0.0, now_s - since_s))
-        self.measured.last_done_s = self.measured.measured_at_s = now_s
+        released_at_s, load = job.released.get(index, (now_s, self.under_way()))
+        time_s, load_mean = now_s - released_at_s, (load + self.under_way()) / 2
+        sums = self.measured.classes.setdefault(number_of(load_mean), Sums())
+        if is_done or not sums.n or sums.image_s(work) <= time_s:
+            sums.add(work, time_s, load_mean, memory=self.policy.memory)
+            sums.at_s = now_s
+        if is_done:
+            if self.under_way() >= slots:
+                since_s = max(self.measured.last_done_s, self.measured.full_since_s)
+                self.measured.add_busy(work, slots * max(0.0, now_s - since_s))
+            self.measured.last_done_s = now_s

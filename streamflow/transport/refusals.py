@@ -20,6 +20,6 @@ def busy(why: str, *, retry_after_s: float) -> BusyError:
 
 def too_late(expected_s: float, *, left_s: float) -> DeadlineError:
     return DeadlineError(
-        f"this request takes about {expected_s:.1f} s here, and its deadline leaves {left_s:.1f} s; "
-        "allow more time, or ask for fewer steps or images"
+        f"this request takes about {expected_s:.2g} s here, too much for the {left_s:.3g} s that it may take, with a "
+        "margin of a quarter; allow more time, or ask for fewer steps or images"
     )

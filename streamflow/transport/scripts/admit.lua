@@ -78,7 +78,7 @@ local before = redis.call('ZCOUNT', WAITING, '-inf', rank(0))
 local expected_s, fresh, alone_s = estimate(work_before(before), work, images)
 local allowed_s = timeout_s / C.headroom
 if fresh and expected_s > allowed_s then
-  if alone_s and alone_s > allowed_s then return refuse('late', seconds(alone_s), 0) end
+  if alone_s > allowed_s then return refuse('late', seconds(alone_s), 0) end
   return refuse('busy', 'work', expected_s - allowed_s)
 end
 if expected_s then redis.call('HSET', key, 'estimate', seconds(expected_s)) end

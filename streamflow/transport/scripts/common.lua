@@ -88,25 +88,89 @@ local function add(key, field, amount)
   redis.call('HINCRBYFLOAT', key, field, string.format('%.9g', amount))
 end
 
--- How long the last of some images of one job will take, with `ahead` units of work waiting before the first, and
--- whether that is measured and not old, and how long they would take with every slot to themselves, if known. Nothing
--- before the first measurement; see finish.lua.
-local function estimate(ahead, work, images)
-  local sums = redis.call('HMGET', META, 'n', 'w', 't', 'ww', 'wt', 'busy', 'done', 'measured')
-  if not sums[1] then return nil, false end
-  for i = 1, #sums do sums[i] = tonumber(sums[i] or 0) end
-  local n, w, t, ww, wt, busy, done, measured = unpack(sums)
+-- Images that were under way among about as many others are measured together: 1, 2 or 3, 4 to 7 ... of them.
+local function class(load)
+  local _, exponent = math.frexp(math.max(1, load))
+  return exponent - 1
+end
+
+local SUMS = {'n', 'w', 't', 'ww', 'wt', 'x', 'at'}
+
+-- How long an image of this work took in a class, among how many on average, and when the last one ended.
+local function measured(number, work)
+  local fields = {}
+  for i, name in ipairs(SUMS) do fields[i] = name .. number end
+  local sums = redis.call('HMGET', META, unpack(fields))
+  if not sums[1] then return end
+  for i = 1, #sums do sums[i] = tonumber(sums[i]) end
+  local n, w, t, ww, wt, x, at = unpack(sums)
   -- A line through the measured images; through the origin where they were all alike.
   local slope, variance, covariance = t / w, ww / n - (w / n) ^ 2, wt / n - w / n * t / n
   if variance > 0.01 * (w / n) ^ 2 and covariance > 0 then slope = covariance / variance end
-  local slots, slot_seconds = num_slots(), done > 0 and busy / done
-  local wait_s = slot_seconds and (ahead + work * (images - 1)) * slot_seconds / slots or 0
-  local image_s = math.max(0, t / n + slope * (work - w / n))
-  -- Measured images may have waited for a slot; where slots are free, none has to.
-  if slot_seconds and ahead == 0 and redis.call('SCARD', UNDER_WAY) < slots then
-    image_s = math.min(image_s, work * slot_seconds)
+  return math.max(0, t / n + slope * (work - w / n)), x / n, at
+end
+
+-- How long an image of this work is under way among `load`, and when that was measured. Where it was not, the least that
+-- it can be: as long as among fewer, and its share of what more of them took.
+local function image_s(work, load)
+  local time, _, at = measured(class(load), work)
+  if time then return time, at end
+  local least, latest = nil, 0
+  for number = 0, 12 do
+    local there, among, when = measured(number, work)
+    if there then
+      least = math.max(least or 0, number < class(load) and there or there * load / among)
+      latest = math.max(latest, when)
+    end
   end
-  return wait_s + image_s, NOW - measured < C.fresh_s, slot_seconds and work * slot_seconds * (1 + (images - 1) / slots)
+  return least, latest
+end
+
+-- How long the last of some images of one job will take, with `ahead` units of work waiting before the first; whether
+-- that is measured and not old; and how long they would take if nobody else were there. Nothing before the first
+-- measurement.
+local function estimate(ahead, work, images)
+  local slots, under_way = num_slots(), redis.call('SCARD', UNDER_WAY)
+  local window = 2 * slots
+  local time, at = image_s(work, ahead > 0 and window or math.min(window, under_way + images))
+  if not time then return nil, false end
+  local busy, done = unpack(redis.call('HMGET', META, 'busy', 'done'))
+  -- What waits for the window, at the rate of a server whose slots are all in use.
+  local function queue_s(before, waiting)
+    return tonumber(done or 0) > 0 and (before + work * math.max(0, waiting)) * busy / done / slots or 0
+  end
+  return queue_s(ahead, ahead > 0 and images - 1 or under_way + images - window) + time, NOW - at < C.fresh_s,
+    queue_s(0, images - window) + image_s(work, math.min(window, images))
+end
+
+-- Adds an image that is under way to the sums of its class, in which it counts less with every one that follows, and to
+-- the slot-seconds (busy) that work (done) takes while every slot is in use.
+local function measure(id, index, is_done)
+  local work, released, load = unpack(redis.call('HMGET', job_key(id), 'work', 'r' .. index, 'l' .. index))
+  local reaped, steady_since, last_done, full_since = unpack(
+    redis.call('HMGET', META, 'reaped', 'steady_since', 'last_done', 'full_since'))
+  released = tonumber(released)
+  if is_done then redis.call('HSET', META, 'last_done', seconds(NOW)) end
+  -- A clock that jumped has measured nothing. Somebody reaps every second, and notes when.
+  if math.abs(NOW - (reaped or NOW)) > C.reap_gap_s or not released or released > NOW
+    or released < tonumber(steady_since or 0) then
+    return
+  end
+  local time, slots, under_way = NOW - released, num_slots(), redis.call('SCARD', UNDER_WAY)
+  local x = ((load or under_way) + under_way) / 2
+  local number = class(x)
+  -- What did not end says only that it takes longer.
+  if not is_done and (measured(number, work) or 0) > time then return end
+  local terms = {n = 1, w = work, t = time, ww = work * work, wt = work * time, x = x}
+  local function add_term(field, term)
+    redis.call('HSET', META, field, string.format('%.9g', C.memory * (redis.call('HGET', META, field) or 0) + term))
+  end
+  for name, term in pairs(terms) do add_term(name .. number, term) end
+  redis.call('HSET', META, 'at' .. number, seconds(NOW))
+  if is_done and under_way >= slots then
+    add_term('busy', slots * math.max(0, NOW - math.max(last_done or NOW, full_since or 0)))
+    add_term('done', work)
+  end
 end
 
 -- What the work of a queue adds up to: an image's share of the sum, since images in it may differ.
@@ -141,7 +205,7 @@ local function release()
     enqueue(id, index, 'encode', {})
     leave_queue(ref, redis.call('HGET', job_key(id), 'work'))
     redis.call('SADD', UNDER_WAY, ref)
-    redis.call('HSET', job_key(id), 'state', 'running', 'r' .. index, seconds(NOW))
+    redis.call('HSET', job_key(id), 'state', 'running', 'r' .. index, seconds(NOW), 'l' .. index, number)
     wake(id)
   end
 end
