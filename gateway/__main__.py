@@ -72,6 +72,17 @@ def main(argv: list[str] | None = None) -> None:
         asyncio.run(serve(settings))
     except (StreamFlowError, ValueError, OSError) as error:
         sys.exit(f"gateway: {error}")
+    except ExceptionGroup as group:
+        # Of the tasks of `serve`. There a ValueError is a bug, which its traceback shows best.
+        known, unexpected = group.split(StreamFlowError)
+        if known is None or unexpected is not None:
+            raise
+        sys.exit(f"gateway: {_first(known)}")
+
+
+def _first(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 if __name__ == "__main__":

@@ -58,7 +58,10 @@ def choices(request: types_pb2.GenerateRequest, card: ModelCard) -> list[Choice]
 
     A sampler that the request names stays. Otherwise Euler for one and two steps, and beyond them what was measured to
     be best at equal time (docs/samplers.md): blocks with a refiner where the checkpoint has one, else the pseudo
-    corrector.
+    corrector. Euler throughout for the residual guidance modes, which no other sampler has.
+
+    Raises:
+        InvalidRequestError: no such sampler or guidance mode, or a notation of fewer steps than min_steps.
     """
     least = max(1, request.min_steps, card.flow.windows.windows if card.flow.windows else 1)
     wanted = [least, *(steps for steps in _STEPS if least < steps <= card.max_steps)]
@@ -66,10 +69,16 @@ def choices(request: types_pb2.GenerateRequest, card: ModelCard) -> list[Choice]
     if given:
         # A notation says its own steps.
         fixed = sampler_steps(given, 0)
+        if 0 < fixed < request.min_steps:
+            hint = "write more blocks, or leave it out"
+            raise InvalidRequestError("min_steps", request.min_steps, f"at most {fixed} with the sampler {given}", hint)
         return [Choice(given, fixed)] if fixed else [Choice(given, steps) for steps in wanted]
     if card.flow.windows is not None:
         return [Choice(card.default_sampler, steps) for steps in wanted]
-    return [Choice(_best(steps, refined=card.flow.refiner is not None), steps) for steps in wanted]
+    scale = request.guidance_scale if request.HasField("guidance_scale") else card.default_guidance_scale
+    residual = convert.guidance_from_pb(scale, request.guidance).is_residual
+    refined = card.flow.refiner is not None
+    return [Choice("euler" if residual else _best(steps, refined=refined), steps) for steps in wanted]
 
 
 def _best(steps: int, *, refined: bool) -> str:
@@ -83,15 +92,13 @@ def choose(
 ) -> tuple[Choice, DecoderKind | None]:
     """The most that is expected to fit, and a decoder where that is worth choosing.
 
-    The least of all where nothing fits: whether it can be served at all is for admission to say. The model's default
-    number of steps while nothing has been measured.
+    The least of all where nothing fits: whether it can be served at all is for admission to say. The least also while
+    there is no measurement to go by: what misses its deadline is never measured, so that a bolder choice could be
+    missed again and again.
 
     Args:
-        expected_s: per choice, how long the request would take; with room for the estimate to be wrong.
+        expected_s: per choice, how long the request would take, with room for the estimate to be wrong; None = unknown.
     """
-    if None in expected_s:
-        default = [choice for choice in found if choice.steps <= max(card.default_steps, found[0].steps)]
-        return default[-1], None
     fitting = [k for k, seconds in enumerate(expected_s) if seconds is not None and seconds <= budget_s]
     best = fitting[-1] if fitting else 0
     # The better decoder where even the most steps leave half of the time.

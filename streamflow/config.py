@@ -94,8 +94,10 @@ class GatewaySettings(Settings):
     max_prompt_chars: int = Field(4000, ge=1, description="Characters of one prompt")
     max_image_bytes: int = Field(16 * 2**20, ge=2**16, description="Bytes of an init image or mask")
     max_image_pixels: int = Field(4_000_000, ge=4096, description="Pixels of an init image or mask")
+    # Renewed every third of it. A client finds out within 15 s that its gateway's machine is gone, and then needs a
+    # moment to get to another gateway.
     watch_lease_s: float = Field(
-        15.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
+        30.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
     )
     reap_interval_s: float = Field(1.0, gt=0, description="How often expired jobs and results are cleared")
 

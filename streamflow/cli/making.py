@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from streamflow.errors import StreamFlowError
 
 if TYPE_CHECKING:
     from streamflow.client import Client, GenerateOptions, Result
@@ -60,6 +63,9 @@ Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds until it is given
 Overwrite = Annotated[bool, typer.Option(help="Replace existing files whatever their names came from.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: files, seeds, timings.")]
 
+# Their names are made before the server, whose limit is lower as a rule, is asked.
+_MOST_FILES = 10_000
+
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".rgb": "raw"}
 
 
@@ -93,11 +99,11 @@ def make(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Asks for the pictures with a progress bar, writes them and says where."""
+    """Asks for the pictures with a progress bar, writes them and says where; leaving early cancels the job."""
     from streamflow.cli.progress import show_progress
 
     paths = _choose_names(output, options, count=len(prompts) * options["num_images"], overwrite=overwrite)
-    with connect() as client, show_progress(paths) as on_event:
+    with connect() as client, show_progress(paths) as on_event, _cancelled_when_left(client, options):
         result = client.generate(prompts, on_event=on_event, **options)
     _write(result, paths)
     for warning in result.warnings:
@@ -109,11 +115,30 @@ def make(
             typer.echo(f"{path}  (seed {info.seed})")
 
 
+@contextmanager
+def _cancelled_when_left(client: Client, options: GenerateOptions) -> Iterator[None]:
+    """The client leaves a job with a given id to others; this id was made here, and nobody else has it."""
+    from streamflow.client.base import CANCEL_TIMEOUT_S
+
+    try:
+        yield
+    except StreamFlowError:
+        # The job was refused, or it has ended, or nobody can be told.
+        raise
+    except BaseException:
+        with suppress(StreamFlowError):
+            client.cancel(options["request_id"] or "", timeout_s=CANCEL_TIMEOUT_S)
+        raise
+
+
 def _choose_names(output: str, options: GenerateOptions, *, count: int, overwrite: bool) -> list[Path]:
     """Fixes the request's id and seed, because names may hold them, and refuses before there is any work."""
     from streamflow.client.request import image_format, new_request_id, seed_of
     from streamflow.client.result import output_paths, suffix_of
 
+    if count > _MOST_FILES:
+        allowed = f"at most {_MOST_FILES:,} images over all prompts; run the command several times"
+        raise typer.BadParameter(f"got {count:,} images; {allowed}", param_hint="--num-images")
     request_id = options["request_id"] = new_request_id()
     seed = options["seed"]
     first = options["seed"] = seed_of(request_id) if seed is None else seed

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from functools import cached_property
+from math import inf
 from typing import Any, Self, Unpack
 
 import grpc.aio
 
-from streamflow.client.base import CALL_TIMEOUT_S, CANCEL_TIMEOUT_S, BaseClient, job_page, letters_request, take_page
+from streamflow.client.base import (
+    CALL_TIMEOUT_S,
+    CANCEL_TIMEOUT_S,
+    CLOSED,
+    BaseClient,
+    job_page,
+    letters_request,
+    take_page,
+)
 from streamflow.client.events import Event
 from streamflow.client.limits import client_error
-from streamflow.client.request import GenerateOptions, build_request
+from streamflow.client.request import GenerateOptions, budget_s, build_request
 from streamflow.client.result import Result, ResultBuilder
 from streamflow.client.session import Session
 from streamflow.client.views import DeadLetter, Job, Model, Status
+from streamflow.errors import UnavailableError
 from streamflow.rpc.channels import open_aio_channel
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -59,10 +69,12 @@ class AsyncClient(BaseClient):
     ) -> Result:
         """Makes pictures and waits for them; see GenerateOptions.
 
-        Leaving early (cancelling the task, an exception from `on_event`) cancels the job.
+        Leaving early (cancelling the task, an exception from `on_event`) cancels the job, unless it was given a
+        request_id: then others may wait for it, and it goes on as long as anybody does.
 
         Args:
-            timeout_s: the deadline of the whole request.
+            timeout_s: the deadline of the whole request. With time_budget_s it is not sent again after that time,
+                whatever this says.
             on_event: called with every event, between two awaits.
 
         Raises:
@@ -83,8 +95,9 @@ class AsyncClient(BaseClient):
     ) -> AsyncGenerator[Event]:
         """The same, event by event; the request is sent when the first event is awaited.
 
-        After Done, a job without all its pictures raises as `generate` does. Closing the iterator before cancels it
-        (`contextlib.aclosing` does so at once; otherwise the event loop, when the iterator is collected).
+        After Done, a job without all its pictures raises as `generate` does. Closing the iterator before is leaving
+        early, as with `generate` (`contextlib.aclosing` closes it at once; otherwise the event loop does, when the
+        iterator is collected).
         """
         return self._follow(self._session(prompt, options, timeout_s))
 
@@ -93,7 +106,10 @@ class AsyncClient(BaseClient):
     ) -> Job:
         """Sends a request that goes on without its client; `watch` fetches the pictures."""
         request = build_request(prompt, detach=True, **options)
-        return Job.from_pb(await self._call(self._stub.Submit, request, timeout_s=timeout_s or self.timeout_s))
+        timeout_s = timeout_s or self.timeout_s
+        return Job.from_pb(
+            await self._call(self._stub.Submit, request, timeout_s=timeout_s, within_s=budget_s(request))
+        )
 
     def watch(self, request_id: str, *, timeout_s: float | None = None) -> AsyncGenerator[Event]:
         """The events of any job from now on, images that are already there included; leaving it does not cancel."""
@@ -103,9 +119,10 @@ class AsyncClient(BaseClient):
         """Raises NotFoundError."""
         return Job.from_pb(await self._call(self._stub.GetJob, gateway_pb2.GetJobRequest(request_id=request_id)))
 
-    async def cancel(self, request_id: str) -> Job:
-        """Ends a job; a finished one stays as it is. Raises NotFoundError."""
-        return Job.from_pb(await self._call(self._stub.Cancel, gateway_pb2.CancelRequest(request_id=request_id)))
+    async def cancel(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Job:
+        """Ends a job, whoever waits for it; a finished one stays as it is. Raises NotFoundError."""
+        request = gateway_pb2.CancelRequest(request_id=request_id)
+        return Job.from_pb(await self._call(self._stub.Cancel, request, timeout_s=timeout_s))
 
     async def jobs(self, *, limit: int = 100) -> list[Job]:
         """The newest jobs, newest first."""
@@ -133,19 +150,23 @@ class AsyncClient(BaseClient):
         """The stages behind the gateway."""
         return Status.from_pb(await self._call(self._stub.Status, types_pb2.StatusRequest()))
 
-    async def _call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    async def _call(
+        self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S, within_s: float = inf
+    ) -> Any:
         retry = self._retry(timeout_s)
         while True:
             try:
-                return await method(request, timeout=retry.remaining_s, metadata=self._metadata)
+                with self._told_when_closed():
+                    return await method(request, timeout=retry.remaining_s, metadata=self._metadata)
             except grpc.aio.AioRpcError as error:
-                delay_s = retry.delay_s(client_error(error))
+                delay_s = retry.delay_s(client_error(error), within_s=within_s)
             await asyncio.sleep(delay_s)
 
     async def _follow(self, session: Session) -> AsyncGenerator[Event]:
         try:
             while not session.finished:
-                call = session.open(self._stub, self._metadata)
+                with self._told_when_closed():
+                    call = session.open(self._stub, self._metadata)
                 error = None
                 try:
                     async for message in call:
@@ -162,8 +183,15 @@ class AsyncClient(BaseClient):
             if session.abandoned:
                 await self._cancel_quietly(session.request_id)
 
+    @contextlib.contextmanager
+    def _told_when_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.UsageError as error:
+            raise UnavailableError(CLOSED) from error
+
     async def _cancel_quietly(self, request_id: str) -> None:
         # Its best effort: where the server cannot be told, the job's watch lease runs out.
-        with contextlib.suppress(grpc.aio.AioRpcError, grpc.aio.UsageError):
+        with contextlib.suppress(grpc.aio.AioRpcError, UnavailableError), self._told_when_closed():
             request = gateway_pb2.CancelRequest(request_id=request_id)
             await self._stub.Cancel(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)

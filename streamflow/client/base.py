@@ -17,6 +17,7 @@ from streamflow.v1 import gateway_pb2
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CALL_TIMEOUT_S = 30.0
 CANCEL_TIMEOUT_S = 2.0
+CLOSED = "this client is closed; make another one"
 
 _PAGE_SIZE = 1000
 
@@ -64,7 +65,7 @@ class BaseClient:
 
     def _session(self, prompt: str | Sequence[str], options: GenerateOptions, timeout_s: float | None) -> Session:
         request = build_request(prompt, **options)
-        shared = options.get("request_id") is not None
+        shared = bool(options.get("request_id"))
         return Session(request.request_id, self._retry(timeout_s), request=request, shared=shared)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from math import inf
 from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -64,7 +65,8 @@ class GenerateOptions(TypedDict, total=False):
         class_labels: for class-conditional models, in place of prompts.
         true_cfg_scale: guidance with a negative prompt for models with a distilled guidance_scale.
         request_id: 1 to 64 of A-Z a-z 0-9 . _ -; sending the same request with the same id again attaches to the
-            job instead of starting another. Left out, the client makes one.
+            job instead of starting another. Such a job is shared: leaving it early does not cancel it, `cancel` does,
+            and it ends some seconds after the last client has left. Left out, the client makes an id of its own.
     """
 
     negative_prompt: str | None
@@ -152,6 +154,11 @@ def build_request(
     if decoder is not None:
         request.output.decoder = decoder_to_pb(_choice("decoder", DecoderKind, decoder))
     return request
+
+
+def budget_s(request: types_pb2.GenerateRequest) -> float:
+    """The request's time budget in seconds; infinite where it has none."""
+    return request.time_budget_s if request.HasField("time_budget_s") else inf
 
 
 def new_request_id() -> str:

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
 
@@ -37,7 +38,7 @@ class Retry:
     """The retries of one call: takes its errors, says how long to wait. It neither sleeps nor calls.
 
     Args:
-        timeout_s: the call's deadline, from now.
+        timeout_s: the call's deadline, from `start`, or from now where that is never called.
         clock: seconds, monotonic.
         jitter: uniform in [0, 1).
     """
@@ -54,8 +55,13 @@ class Retry:
         self._timeout_s = timeout_s
         self._started_at_s = clock()
         self._heard = False
+        self._answer = ""
         self._failures = 0
         self._refusals = 0
+
+    def start(self) -> None:
+        """The time begins to run now: an iterator may be asked for its first event long after it was made."""
+        self._started_at_s = self._clock()
 
     @property
     def remaining_s(self) -> float:
@@ -64,10 +70,15 @@ class Retry:
 
     def heard(self) -> None:
         """The server answered: it is there, and the next failure is a new one."""
-        self._heard, self._failures = True, 0
+        self._heard, self._answer, self._failures = True, "", 0
 
-    def delay_s(self, error: StreamFlowError) -> float:
-        """Seconds to wait before the next call; raises what the user should see where there is none."""
+    def delay_s(self, error: StreamFlowError, *, within_s: float = inf) -> float:
+        """Seconds to wait before the next call; raises what the user should see where there is none.
+
+        Args:
+            within_s: no call begins later than this after the first one, however far the deadline is.
+        """
+        limit_s = min(self._timeout_s, within_s)
         match error:
             case BusyError():
                 self.heard()
@@ -76,26 +87,31 @@ class Retry:
                 if limit is not None and self._refusals > limit:
                     raise error from None
                 # Never earlier than asked, and not all clients at the same moment.
-                return self._within_s(self._timeout_s, error.retry_after_s * (1 + 0.2 * self._jitter()), error)
+                return self._within_s(limit_s, error.retry_after_s * (1 + 0.2 * self._jitter()), error)
             # A status CANCELLED is about the call, cut by a server that stops; the job's own state comes as an event.
             case UnavailableError() | JobCancelledError():
                 delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
                 self._failures += 1
                 self._heard = self._heard or error.answered
+                self._answer = str(error) if error.answered else ""
                 if self._heard and self._failures == _TOLD_AFTER:
-                    _log.warning("%s does not answer any more; trying again until the time is up", self._policy.address)
-                patience_s = self._timeout_s if self._heard else self._policy.connect_timeout_s
-                return self._within_s(min(patience_s, self._timeout_s), delay_s, self._unavailable(error))
+                    _log.warning("%s; trying again until the time is up", self._trouble)
+                patience_s = limit_s if self._heard else min(self._policy.connect_timeout_s, limit_s)
+                return self._within_s(patience_s, delay_s, self._unavailable(error))
             case DeadlineError() if error.answered:
                 raise error from None
             case DeadlineError() if self._failures:
-                message = f"{self._policy.address} did not answer any more, for {self._timeout_s:g} s in all"
-                raise DeadlineError(message) from None
+                raise DeadlineError(f"{self._trouble}; given up after {self._timeout_s:g} s in all") from None
             case DeadlineError():
                 message = f"not finished within {self._timeout_s:g} s; allow more time (timeout_s, --timeout)"
                 raise DeadlineError(message) from None
             case _:
                 raise error from None
+
+    @property
+    def _trouble(self) -> str:
+        """What the last failure was: a gateway that answers is there, whatever it lacks itself."""
+        return f"{self._policy.address}: {self._answer}" if self._answer else f"{self._policy.address} does not answer"
 
     def _left_s(self, limit_s: float) -> float:
         return self._started_at_s + limit_s - self._clock()

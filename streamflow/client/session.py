@@ -10,6 +10,7 @@ session.check()
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import inf
 from typing import Any
 
 from streamflow.client.events import (
@@ -23,6 +24,7 @@ from streamflow.client.events import (
     RequestWarning,
     small_event,
 )
+from streamflow.client.request import budget_s
 from streamflow.client.retry import Retry
 from streamflow.errors import NotFoundError, StreamFlowError, UnavailableError
 from streamflow.rpc.errors import from_status
@@ -37,9 +39,11 @@ _FAILURE_CODES = {JobState.ERROR: "INTERNAL", JobState.CANCELLED: "CANCELLED", J
 class Session:
     """Every image comes out once, and so does every warning, however often the session re-attaches.
 
+    Its time runs from the first `open`. A request with a time budget is not sent again once that is over.
+
     Args:
         request: sent until it is admitted; None only watches `request_id`, and leaves the job alone when left.
-        shared: the id was chosen outside, so the job may turn out to be somebody else's: then it is left alone too.
+        shared: the id was chosen outside, so others may send or watch the same: then the job is left alone too.
     """
 
     def __init__(
@@ -52,9 +56,8 @@ class Session:
     ) -> None:
         self.request_id = request_id
         self._request, self._retry, self._shared = request, retry, shared
-        self._sends = 0
+        self._opened = False
         self._admitted = False
-        self._foreign = False
         self._given_up = False
         self._expected: int | None = None
         self._parts: dict[int, bytearray] = {}
@@ -72,16 +75,18 @@ class Session:
 
     @property
     def abandoned(self) -> bool:
-        """Whether leaving now leaves a job behind that nobody else wants: then it should be cancelled."""
-        mine = self._request is not None and self._sends > 0 and not self._foreign
-        return mine and not self.finished and not self._given_up
+        """Whether leaving now leaves a job behind that nobody else can know of: then it should be cancelled."""
+        mine = self._request is not None and not self._shared
+        return mine and self._opened and not self.finished and not self._given_up
 
     def open(self, stub: Any, metadata: Metadata) -> Any:
         """Begins the next call; the stub may be a synchronous or an asyncio one."""
         self._parts.clear()
+        if not self._opened:
+            self._opened = True
+            self._retry.start()
         timeout_s = self._retry.remaining_s
         if self._request is not None and not self._admitted:
-            self._sends += 1
             return stub.Generate(self._request, timeout=timeout_s, metadata=metadata)
         return stub.Watch(gateway_pb2.WatchRequest(request_id=self.request_id), timeout=timeout_s, metadata=metadata)
 
@@ -111,7 +116,10 @@ class Session:
             error = UnavailableError(str(error))
             error.answered = True
         try:
-            return self._retry.delay_s(error or UnavailableError("the stream ended before the job did"))
+            error = error or UnavailableError("the stream ended before the job did")
+            # A job that is admitted keeps its budget itself; its pictures may well be fetched later.
+            within_s = inf if self._request is None or self._admitted else budget_s(self._request)
+            return self._retry.delay_s(error, within_s=within_s)
         except StreamFlowError:
             self._given_up = True
             raise
@@ -128,7 +136,8 @@ class Session:
         if self._expected is not None and len(self._received) < self._expected:
             raise NotFoundError(
                 f"{self.request_id}: the server keeps only {len(self._received)} of {self._expected} images"
-                " (results are freed some time after they were finished); send the request again"
+                " (results are freed some time after they were finished);"
+                " send the request again under another id"
             )
 
     def _is_news(self, event: Event) -> bool:
@@ -136,8 +145,6 @@ class Session:
             case Accepted():
                 first = self._expected is None
                 self._expected = event.num_images
-                # Attached at the very first send: somebody else began it.
-                self._foreign = self._foreign or (self._shared and first and event.attached and self._sends == 1)
                 return first
             case Progress() | Preview():
                 return event.index not in self._received

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from math import inf
 from typing import Any, Self, Unpack
 
 import grpc
 
-from streamflow.client.base import CALL_TIMEOUT_S, CANCEL_TIMEOUT_S, BaseClient, job_page, letters_request, take_page
+from streamflow.client.base import (
+    CALL_TIMEOUT_S,
+    CANCEL_TIMEOUT_S,
+    CLOSED,
+    BaseClient,
+    job_page,
+    letters_request,
+    take_page,
+)
 from streamflow.client.events import Event
 from streamflow.client.limits import client_error
-from streamflow.client.request import GenerateOptions, build_request
+from streamflow.client.request import GenerateOptions, budget_s, build_request
 from streamflow.client.result import Result, ResultBuilder
 from streamflow.client.session import Session
 from streamflow.client.views import DeadLetter, Job, Model, Status
+from streamflow.errors import UnavailableError
 from streamflow.rpc.channels import open_channel
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -54,10 +64,12 @@ class Client(BaseClient):
     ) -> Result:
         """Makes pictures and waits for them; see GenerateOptions.
 
-        Leaving early (Ctrl-C, an exception from `on_event`) cancels the job.
+        Leaving early (Ctrl-C, an exception from `on_event`) cancels the job, unless it was given a request_id:
+        then others may wait for it, and it goes on as long as anybody does.
 
         Args:
-            timeout_s: the deadline of the whole request.
+            timeout_s: the deadline of the whole request. With time_budget_s it is not sent again after that time,
+                whatever this says.
             on_event: called with every event.
 
         Raises:
@@ -78,7 +90,8 @@ class Client(BaseClient):
     ) -> Generator[Event]:
         """The same, event by event; the request is sent with the first `next()`.
 
-        After Done, a job without all its pictures raises as `generate` does. Closing the iterator before cancels it.
+        After Done, a job without all its pictures raises as `generate` does. Closing the iterator before is leaving
+        early, as with `generate`.
         """
         return self._follow(self._session(prompt, options, timeout_s))
 
@@ -87,7 +100,8 @@ class Client(BaseClient):
     ) -> Job:
         """Sends a request that goes on without its client; `watch` fetches the pictures."""
         request = build_request(prompt, detach=True, **options)
-        return Job.from_pb(self._call(self._stub.Submit, request, timeout_s=timeout_s or self.timeout_s))
+        timeout_s = timeout_s or self.timeout_s
+        return Job.from_pb(self._call(self._stub.Submit, request, timeout_s=timeout_s, within_s=budget_s(request)))
 
     def watch(self, request_id: str, *, timeout_s: float | None = None) -> Generator[Event]:
         """The events of any job from now on, images that are already there included; leaving it does not cancel."""
@@ -97,9 +111,10 @@ class Client(BaseClient):
         """Raises NotFoundError."""
         return Job.from_pb(self._call(self._stub.GetJob, gateway_pb2.GetJobRequest(request_id=request_id)))
 
-    def cancel(self, request_id: str) -> Job:
-        """Ends a job; a finished one stays as it is. Raises NotFoundError."""
-        return Job.from_pb(self._call(self._stub.Cancel, gateway_pb2.CancelRequest(request_id=request_id)))
+    def cancel(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Job:
+        """Ends a job, whoever waits for it; a finished one stays as it is. Raises NotFoundError."""
+        request = gateway_pb2.CancelRequest(request_id=request_id)
+        return Job.from_pb(self._call(self._stub.Cancel, request, timeout_s=timeout_s))
 
     def jobs(self, *, limit: int = 100) -> list[Job]:
         """The newest jobs, newest first."""
@@ -127,19 +142,21 @@ class Client(BaseClient):
         """The stages behind the gateway."""
         return Status.from_pb(self._call(self._stub.Status, types_pb2.StatusRequest()))
 
-    def _call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    def _call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S, within_s: float = inf) -> Any:
         retry = self._retry(timeout_s)
         while True:
             try:
-                return method(request, timeout=retry.remaining_s, metadata=self._metadata)
+                with self._told_when_closed():
+                    return method(request, timeout=retry.remaining_s, metadata=self._metadata)
             except grpc.RpcError as error:
-                delay_s = retry.delay_s(client_error(error))
+                delay_s = retry.delay_s(client_error(error), within_s=within_s)
             time.sleep(delay_s)
 
     def _follow(self, session: Session) -> Generator[Event]:
         try:
             while not session.finished:
-                call = session.open(self._stub, self._metadata)
+                with self._told_when_closed():
+                    call = session.open(self._stub, self._metadata)
                 error = None
                 try:
                     for message in call:
@@ -155,8 +172,16 @@ class Client(BaseClient):
             if session.abandoned:
                 self._cancel_quietly(session.request_id)
 
+    @contextlib.contextmanager
+    def _told_when_closed(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            # What gRPC raises for a call on a closed channel.
+            raise UnavailableError(CLOSED) from error
+
     def _cancel_quietly(self, request_id: str) -> None:
         # Its best effort: where the server cannot be told, the job's watch lease runs out.
-        with contextlib.suppress(grpc.RpcError):
+        with contextlib.suppress(grpc.RpcError, UnavailableError), self._told_when_closed():
             request = gateway_pb2.CancelRequest(request_id=request_id)
             self._stub.Cancel(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)

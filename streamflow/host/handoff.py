@@ -101,7 +101,12 @@ async def unpack_latents(transport: Transport, payload: Payload) -> np.ndarray |
 
 
 async def pack_state(transport: Transport, state: SlotState, *, keep_s: float) -> dict[str, bytes]:
-    """Payload fields for an unfinished image."""
+    """Payload fields for an unfinished image.
+
+    Raises:
+        GenerationError: it holds NaN or infinities; no other denoiser could mend that.
+    """
+    _check_finite(state.latents, state.velocity)
     data = codec.encode_tensors({"latents": state.latents, "velocity": state.velocity})
     fields = await _pack(transport, STATE, data, keep_s=keep_s)
     return {**fields, DONE: f"{state.ops_done}/{state.ops}".encode()}
@@ -112,6 +117,7 @@ async def unpack_state(transport: Transport, payload: Payload, *, shape: tuple[i
 
     Raises:
         ValueError: it is broken.
+        GenerationError: it holds NaN or infinities.
     """
     data = await _unpack(transport, STATE, payload)
     if data is None:
@@ -119,11 +125,19 @@ async def unpack_state(transport: Transport, payload: Payload, *, shape: tuple[i
     done = _PROGRESS.fullmatch(payload.get(DONE, b""))
     if done is None or not int(done[1]) < int(done[2]):
         raise ValueError(f"{DONE}: got {payload.get(DONE, b'')[:80]!r}; allowed: evaluations done and all, such as 3/8")
-    tensors = codec.decode_tensors(data, field=STATE, finite=True)
+    tensors = codec.decode_tensors(data, field=STATE)
     for name in ("latents", "velocity"):
         if name not in tensors or tensors[name].shape != shape or tensors[name].dtype != np.float32:
             raise ValueError(f"{STATE}: {name} is missing, or not float32 {shape}")
+    _check_finite(tensors["latents"], tensors["velocity"])
     return SlotState(tensors["latents"], tensors["velocity"], int(done[1]), int(done[2]))
+
+
+def _check_finite(*tensors: np.ndarray) -> None:
+    if not all(np.isfinite(tensor).all() for tensor in tensors):
+        # In the words of the engine, for images that it finishes.
+        message = "the latents are not finite; a lower guidance_scale or float32 (--dtype) may help"
+        raise GenerationError(message, stage=Stage.DENOISE.service)
 
 
 def without_state(payload: Payload) -> dict[str, bytes]:

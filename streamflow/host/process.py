@@ -57,11 +57,12 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
     """Runs the service until SIGTERM or SIGINT.
 
     Raises:
-        SystemExit: with 1, when the model or the address cannot be used; the log says why.
+        SystemExit: with 1, when the model or the address cannot be used, or the stage cannot go on; the log says why.
     """
     configure_logging(level=settings.log_level, log_format=settings.log_format, service=service.stage.service)
     from streamflow.backends.runtime import resolve_device, set_threads
 
+    failed: StreamFlowError | None = None
     try:
         device = str(resolve_device(settings.device))
         set_threads(settings.threads, deterministic=settings.deterministic)
@@ -70,9 +71,17 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
         _log.info("loaded", model=stage.card.name, revision=stage.card.revision, device=device, slots=stage.slots)
         transport = connect(settings, stage.card.revision)
         asyncio.run(serve(service, stage, settings, transport=transport, device=device))
-    except StreamFlowError as error:
-        _log.error("cannot run", reason=str(error))
-        raise SystemExit(1) from error
+    except* StreamFlowError as group:
+        # Raised here, or by a task of `serve`; what else went wrong beside it keeps its traceback.
+        failed = _first(group)
+    if failed is not None:
+        _log.error("cannot run", reason=str(failed))
+        raise SystemExit(1) from failed
+
+
+def _first(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
 
 
 def connect(settings: StageSettings, revision: str) -> Transport:

@@ -251,7 +251,7 @@ class Transport(Protocol):
     async def queue_position(self, job_id: str) -> QueuePosition: ...
 
     async def expected_s(self, works: Sequence[float], *, num_images: int) -> list[float | None]:
-        """How long jobs of so much work an image would take if they came now; None while there is nothing to go by."""
+        """How long jobs of so much work an image would take if they came now; None while nothing fresh is known."""
         ...
 
     def subscribe(self, job_id: str) -> AbstractAsyncContextManager[AsyncIterator[bytes | None]]:

@@ -68,8 +68,8 @@ class EmbeddedRedis:
         maxmemory_bytes: int = 0,
     ) -> None:
         self._binary = binary or _default_binary()
-        self._given_directory = directory
-        self._directory = directory
+        # Absolute: the server works in that folder, and looks for its files from there.
+        self._given_directory = self._directory = directory and directory.absolute()
         self._port = port
         self._maxmemory_bytes = maxmemory_bytes
         self._password = secrets.token_urlsafe(24)

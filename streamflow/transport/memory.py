@@ -148,7 +148,9 @@ class MemoryTransport:
 
     async def expected_s(self, works: Sequence[float], *, num_images: int) -> list[float | None]:
         ahead = self._state.work_before(len(self._state.waiting))
-        return [self._state.estimate_s(ahead, work, num_images) for work in works]
+        estimates = [self._state.estimate(ahead, work, num_images) for work in works]
+        stale_s = self._clock() - self._policy.fresh_s
+        return [expected_s if at_s > stale_s else None for expected_s, at_s in estimates]
 
     @asynccontextmanager
     async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:

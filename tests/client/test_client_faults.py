@@ -17,6 +17,11 @@ def indices(events: list[Event]) -> list[int]:
     return [event.info.index for event in events if isinstance(event, ImageReady)]
 
 
+def id_of(events: list[Event]) -> str:
+    assert isinstance(events[0], Accepted)
+    return events[0].request_id
+
+
 @pytest.mark.parametrize("forget", [False, True], ids=["same store", "empty store"])
 def test_a_lost_connection_loses_and_doubles_nothing(forget: bool) -> None:
     with Deployment(permits=1) as deployment, Client(deployment.address, timeout_s=60) as client:
@@ -92,6 +97,16 @@ def test_a_refusal_that_outlasts_the_deadline_is_raised_as_such() -> None:
             client.generate("a star", timeout_s=1.5)
 
 
+def test_a_refusal_that_outlasts_the_time_budget_is_too() -> None:
+    with Deployment(permits=0, max_jobs=1) as deployment, Client(deployment.address) as client:
+        client.submit("a ring")
+        for ask in (client.generate, client.submit):
+            started_s = time.monotonic()
+            with pytest.raises(BusyError):
+                ask("a star", time_budget_s=1.5)
+            assert time.monotonic() - started_s < 5
+
+
 def test_the_deadline_is_the_jobs_too() -> None:
     with Deployment(permits=0) as deployment, Client(deployment.address) as client:
         with pytest.raises(DeadlineError):
@@ -108,41 +123,93 @@ def test_closing_the_iterator_cancels_the_job() -> None:
         assert deployment.state(accepted.request_id) is JobState.CANCELLED
 
 
+def test_an_iterator_outlives_its_client_quietly() -> None:
+    with Deployment(permits=0) as deployment:
+        client = Client(deployment.address)
+        left, asked = client.stream("a ring"), client.stream("a ring")
+        next(left)
+        next(asked)
+        client.close()
+        left.close()
+        for ask in (lambda: next(asked), lambda: client.generate("a ring"), client.models):
+            with pytest.raises(UnavailableError, match="this client is closed"):
+                ask()
+
+
+async def test_a_closed_asyncio_client_says_so() -> None:
+    with Deployment() as deployment:
+        async with AsyncClient(deployment.address) as client:
+            await client.models()
+        for ask in (lambda: client.generate("a ring"), client.models):
+            with pytest.raises(UnavailableError, match="this client is closed"):
+                await ask()
+
+
 def test_ctrl_c_cancels_the_job() -> None:
+    accepted: list[Event] = []
+
     def interrupt(event: Event) -> None:
+        accepted.append(event)
         raise KeyboardInterrupt
 
     with Deployment(permits=0) as deployment, Client(deployment.address) as client:
         with pytest.raises(KeyboardInterrupt):
-            client.generate("a ring", request_id="mine", on_event=interrupt)
-        assert deployment.state("mine") is JobState.CANCELLED
+            client.generate("a ring", on_event=interrupt)
+        assert deployment.state(id_of(accepted)) is JobState.CANCELLED
 
 
 async def test_cancelling_the_task_cancels_the_job() -> None:
     with Deployment(permits=0) as deployment:
         async with AsyncClient(deployment.address) as client:
-            accepted = asyncio.Event()
-            task = asyncio.create_task(
-                client.generate("a ring", request_id="mine", on_event=lambda event: accepted.set())
-            )
-            await asyncio.wait_for(accepted.wait(), 20)
+            accepted: asyncio.Queue[Event] = asyncio.Queue()
+            task = asyncio.create_task(client.generate("a ring", on_event=accepted.put_nowait))
+            first = await asyncio.wait_for(accepted.get(), 20)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
-            assert deployment.state("mine") is JobState.CANCELLED
+            assert deployment.state(id_of([first])) is JobState.CANCELLED
 
 
-def test_leaving_somebody_elses_job_does_not_cancel_it() -> None:
+@pytest.mark.parametrize("leaves", [0, 1], ids=["who began it", "who attached"])
+def test_whoever_leaves_a_shared_job_leaves_it_to_the_others(leaves: int) -> None:
     with Deployment(permits=0) as deployment, Client(deployment.address) as client:
-        first, second = (client.stream("a ring", request_id="ours") for _ in range(2))
-        assert isinstance(next(first), Accepted)
-        attached = next(second)
-        assert isinstance(attached, Accepted)
-        assert attached.attached
-        second.close()
+        streams = [client.stream("a ring", request_id="ours") for _ in range(2)]
+        attached = [event.attached for event in map(next, streams) if isinstance(event, Accepted)]
+        assert attached == [False, True]
+        streams.pop(leaves).close()
         assert not deployment.state("ours").terminal
         deployment.allow(1)
-        assert indices(list(first)) == [0]
+        assert indices(list(streams[0])) == [0]
+
+
+async def test_a_task_that_is_cancelled_leaves_a_shared_job_to_the_others() -> None:
+    with Deployment(permits=0) as deployment:
+        async with AsyncClient(deployment.address) as client:
+            accepted: asyncio.Queue[Event] = asyncio.Queue()
+
+            def tell(event: Event) -> None:
+                if isinstance(event, Accepted):
+                    accepted.put_nowait(event)
+
+            first, second = (
+                asyncio.create_task(client.generate("a ring", request_id="ours", on_event=tell)) for _ in range(2)
+            )
+            for _ in range(2):
+                await asyncio.wait_for(accepted.get(), 20)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            assert not deployment.state("ours").terminal
+            deployment.allow(1)
+            assert len((await second).images) == 1
+
+
+def test_a_shared_job_that_everybody_has_left_is_cancelled() -> None:
+    with Deployment(permits=0, watch_lease_s=0.5) as deployment, Client(deployment.address) as client:
+        stream = client.stream("a ring", request_id="ours")
+        next(stream)
+        stream.close()
+        deployment.wait_for("ours", JobState.CANCELLED)
 
 
 def test_a_job_cancelled_by_another_says_so() -> None:

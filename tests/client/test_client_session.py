@@ -46,8 +46,8 @@ def make_retry(clock: Clock, *, timeout_s: float = 60.0, **policy: float | int |
     return Retry(RetryPolicy("host:1", **policy), timeout_s=timeout_s, clock=clock, jitter=lambda: 1.0)  # type: ignore[arg-type]
 
 
-def make_session(clock: Clock, *, shared: bool = False) -> Session:
-    request = types_pb2.GenerateRequest(request_id="r")
+def make_session(clock: Clock, *, shared: bool = False, time_budget_s: float | None = None) -> Session:
+    request = types_pb2.GenerateRequest(request_id="r", time_budget_s=time_budget_s)
     return Session("r", make_retry(clock), request=request, shared=shared)
 
 
@@ -106,6 +106,51 @@ def test_busy_is_retried_no_sooner_than_asked_and_as_often_as_allowed(clock: Clo
 def test_a_delay_beyond_the_deadline_is_not_waited_for(clock: Clock) -> None:
     with pytest.raises(BusyError):
         make_retry(clock, timeout_s=10).delay_s(BusyError("full", retry_after_s=30))
+
+
+def test_what_a_gateway_answers_is_told_rather_than_that_it_is_gone(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = UnavailableError("Redis cannot be reached")
+    away.answered = True
+    retry = make_retry(clock)
+    for _ in range(5):
+        retry.delay_s(away)
+    assert [record.message for record in caplog.records] == [
+        "host:1: Redis cannot be reached; trying again until the time is up"
+    ]
+    with pytest.raises(DeadlineError, match="host:1: Redis cannot be reached; given up after 60 s"):
+        retry.delay_s(DeadlineError("Deadline Exceeded"))
+    # It has gone itself since.
+    retry.delay_s(UnavailableError("refused"))
+    with pytest.raises(DeadlineError, match="host:1 does not answer; given up after 60 s"):
+        retry.delay_s(DeadlineError("Deadline Exceeded"))
+
+
+@pytest.mark.parametrize("error", [BusyError("full", retry_after_s=1.0), UnavailableError("refused")])
+def test_nothing_is_sent_again_once_its_time_budget_is_over(clock: Clock, error: StreamFlowError) -> None:
+    session = make_session(clock, time_budget_s=1.5)
+    session.open(Stub(), ())
+    assert session.retry_in_s(error) < 1.5
+    clock.now_s += 1.45
+    with pytest.raises(type(error)):
+        session.retry_in_s(error)
+    # What is admitted is fetched however late the connection comes back.
+    admitted = make_session(clock, time_budget_s=1.5)
+    admitted.open(Stub(), ())
+    feed(admitted, accepted())
+    clock.now_s += 2.0
+    assert admitted.retry_in_s(UnavailableError("lost")) > 0
+
+
+def test_the_deadline_counts_from_the_first_call(clock: Clock) -> None:
+    session = Session("r", make_retry(clock, timeout_s=10))
+    clock.now_s += 60
+    session.open(Stub(), ())
+    assert session.retry_in_s(UnavailableError("refused")) > 0
+    clock.now_s += 10
+    with pytest.raises(UnavailableError):
+        session.retry_in_s(UnavailableError("refused"))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +216,7 @@ def test_done_without_all_images_is_told(clock: Clock) -> None:
     session = make_session(clock)
     session.open(Stub(), ())
     feed(session, accepted(2), part(0, 0, b"ab", 2), done())
-    with pytest.raises(NotFoundError, match="1 of 2"):
+    with pytest.raises(NotFoundError, match=r"1 of 2 .* under another id"):
         session.check()
 
 
@@ -199,9 +244,10 @@ def test_what_is_abandoned_and_what_is_not(clock: Clock) -> None:
         refused.retry_in_s(InvalidRequestError("steps", 0, "1 to 50"))
     assert not refused.abandoned
 
-    for shared in (False, True):
-        attached = make_session(clock, shared=shared)
-        attached.open(Stub(), ())
-        feed(attached, accepted(attached=True))
-        # An id of our own is nobody else's: a lost reply was sent again below us.
-        assert attached.abandoned is not shared
+    for attached in (False, True):
+        for shared in (False, True):
+            session = make_session(clock, shared=shared)
+            session.open(Stub(), ())
+            feed(session, accepted(attached=attached))
+            # An id of our own is nobody else's, even where a lost reply was sent again; a given one is anybody's.
+            assert session.abandoned is not shared

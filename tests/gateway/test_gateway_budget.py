@@ -8,7 +8,9 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from gateway.admission import work_if_it_runs
 from gateway.budget import Choice, choices, choose
+from streamflow.errors import InvalidRequestError
 from streamflow.flow.spec import FlowSpec, RefinerSpec, WindowSpec
 from streamflow.types import DecoderKind
 from streamflow.v1 import gateway_pb2, types_pb2
@@ -43,9 +45,52 @@ def test_the_most_that_fits_is_chosen() -> None:
     assert choose(found, [0.1, 0.2, 0.4, 0.8], budget_s=1.0, card=REFINED) == (found[3], None)
     assert choose(found, [0.1, 0.2, 0.4, 0.8], budget_s=2.0, card=REFINED) == (found[3], DecoderKind.FULL)
     assert choose(found, [0.1, 0.2, 0.4, 0.8], budget_s=2.0, card=CARD) == (found[3], None)
-    # Nothing fits: the least, which admission may refuse. Nothing is known: the model's default.
+    # Nothing fits: the least, which admission may refuse. Nothing is known: the least, which then is measured.
     assert choose(found, [1.0, 2.0, 4.0, 8.0], budget_s=0.5, card=REFINED) == (found[0], None)
-    assert choose(found, [None] * 4, budget_s=0.5, card=REFINED) == (found[2], None)
+    assert choose(found, [None] * 4, budget_s=0.5, card=REFINED) == (found[0], None)
+
+
+async def test_what_has_never_been_measured_begins_with_the_least(deploy):
+    deployment = deploy()
+    gateway = await deployment.gateway()
+    deployment.start_worker()
+    told = await events(gateway, request(time_budget_s=20.0))
+    assert (told[0].accepted.sampler, told[0].accepted.steps) == ("euler", 1)
+    # It ended, so there is something to go by.
+    again = await events(gateway, request(time_budget_s=20.0))
+    assert again[0].accepted.steps > 1
+
+
+@pytest.mark.parametrize("card", [CARD, REFINED], ids=["plain", "refined"])
+def test_the_residual_modes_have_the_sampler_that_knows_them(card):
+    guidance = types_pb2.GuidanceOptions(mode=types_pb2.GUIDANCE_MODE_SELF_NEGATIVE)
+    assert {choice.sampler for choice in choices(request(guidance=guidance), card)} == {"euler"}
+    # Where nothing is guided there is no mode either.
+    unguided = request(guidance=guidance, guidance_scale=1.0)
+    assert choices(unguided, card) == choices(request(guidance_scale=1.0), card)
+
+
+async def test_a_budget_with_a_residual_mode_is_served(deploy):
+    gateway = await deploy().gateway()
+    guidance = types_pb2.GuidanceOptions(mode=types_pb2.GUIDANCE_MODE_ONETIME_NEGATIVE)
+    assert (await gateway.stub.Submit(request(guidance=guidance))).request_id
+
+
+@pytest.mark.parametrize("card", [CARD, REFINED], ids=["plain", "refined"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_most_steps_can_run_if_any_can(card, residual):
+    mode = types_pb2.GUIDANCE_MODE_SELF_NEGATIVE if residual else types_pb2.GUIDANCE_MODE_FULL
+    guidance = types_pb2.GuidanceOptions(mode=mode)
+    for percent in range(1, 101):
+        asked = request(init_image=b"png", strength=percent / 100, guidance=guidance)
+        runs = [work_if_it_runs(choice.apply(asked, None), card) is not None for choice in choices(asked, card)]
+        assert runs[-1] is any(runs), percent
+
+
+def test_a_notation_has_the_least_steps_or_is_refused():
+    assert choices(request(sampler="H1P4", min_steps=5), CARD) == [Choice("H1P4", 5)]
+    with pytest.raises(InvalidRequestError, match="min_steps: got 6; allowed: at most 5 with the sampler H1P4"):
+        choices(request(sampler="H1P4", min_steps=6), CARD)
 
 
 async def events(gateway: Any, asked: types_pb2.GenerateRequest) -> list[gateway_pb2.GenerateEvent]:

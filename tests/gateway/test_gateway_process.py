@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc.aio
@@ -17,6 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.__main__ import main
+from streamflow.errors import UnavailableError
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -127,6 +128,17 @@ async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
+@contextmanager
+def usual_log() -> Iterator[None]:
+    """The log is as before afterwards; `main` sends it elsewhere."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -138,15 +150,21 @@ async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
     ],
 )
 def test_a_setting_that_cannot_work_is_said_in_a_few_lines(checkpoint, capsys, options, said):
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main(["--model", str(checkpoint), *options])
-    finally:
-        root.handlers[:], root.level = handlers, level
+    with usual_log(), pytest.raises(SystemExit) as caught:
+        main(["--model", str(checkpoint), *options])
     assert caught.value.code not in (0, None)
     assert said in f"{caught.value.code} {capsys.readouterr().err}"
+
+
+def test_upkeep_that_cannot_go_on_ends_it_with_one_line(checkpoint, monkeypatch, unused_tcp_port):
+    async def keep_up(*_: object, **__: object) -> None:
+        raise UnavailableError("Redis is of another kind")
+
+    monkeypatch.setattr("gateway.__main__.keep_up", keep_up)
+    url = f"redis://127.0.0.1:{unused_tcp_port}/0"
+    with usual_log(), pytest.raises(SystemExit) as caught:
+        main(["--model", str(checkpoint), "--redis-url", url, "--port", "0"])
+    assert caught.value.code == "gateway: Redis is of another kind"
 
 
 async def test_it_never_imports_torch():

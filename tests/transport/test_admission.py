@@ -110,6 +110,7 @@ async def test_old_measurements_refuse_nobody(world):
     await finish_next(transport, after_s=0.1)
     await transport.admit(new_job("long", work=1e6, timeout_s=1.0))
     assert (await transport.job("long")).estimate_s > 1.0
+    assert await transport.expected_s([1.0], num_images=1) == [None]
 
 
 async def test_a_tenant_that_asks_for_little_does_not_wait_for_one_that_asks_for_much(transport):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import psutil
 import pytest
@@ -71,6 +72,13 @@ def test_it_is_durable_bounded_and_private(server_fixture, request):
         stranger.ping()
     # Everybody can read a command line.
     assert password not in " ".join(psutil.Process(server.pid).cmdline())
+
+
+def test_a_directory_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with EmbeddedRedis(directory=Path("data")) as server, redis.Redis.from_url(server.url) as client:
+        client.set("a", 1)
+    assert list((tmp_path / "data").iterdir())
 
 
 def test_a_given_directory_keeps_the_data(tmp_path):
