@@ -99,11 +99,17 @@ class Supervised:
         probe: returns once the program is ready.
         on_line: takes what the supervisor has to say.
         grace_s: between SIGTERM and SIGKILL.
+
+    Attributes:
+        restarts: how often it was started again.
+        last_ending: how it ended the last time, such as "exit code 0"; empty while it never has.
+        last_lines: what it wrote last.
     """
 
     def __init__(self, name: str, program: Program, *, probe: Probe, on_line: OnLine, grace_s: float = 20.0) -> None:
         self.name = name
         self.restarts = 0
+        self.last_ending = ""
         self.last_lines: deque[str] = deque(maxlen=_LAST_LINES)
         self._program, self._probe, self._on_line, self._grace_s = program, probe, on_line, grace_s
         self._running = False
@@ -170,15 +176,22 @@ class Supervised:
                 task.cancel()
             await asyncio.gather(probe, over, return_exceptions=True)
 
-    async def kill(self) -> None:
-        """SIGKILL, as a crash would be; it is started again. Returns when it is dead."""
+    async def kill(self) -> bool:
+        """SIGKILL, as a crash would be; it is started again. Returns when it is dead; false where it was down."""
+        if not self._running:
+            return False
         self._signal(signal.SIGKILL)
         await self._exit.wait()
+        return True
 
     async def restart(self) -> None:
-        """Stops it in order and starts it at once; returns when the old one has ended."""
-        self._at_once = True
-        await self._terminate()
+        """Stops it in order and starts it at once; returns when the old one has ended.
+
+        One that is down is left alone: it is about to be started anyway.
+        """
+        if self._running:
+            self._at_once = True
+            await self._terminate()
 
     async def stop(self) -> None:
         """SIGTERM, and SIGKILL after the grace period. Returns when it has ended for good."""
@@ -205,9 +218,9 @@ class Supervised:
             raise
         finally:
             self._running = False
-            ending = await self._program.reap()
+            self.last_ending = await self._program.reap()
             self._exit.set()
-        return ending
+        return self.last_ending
 
     async def _terminate(self) -> None:
         self._signal(signal.SIGTERM)
@@ -218,7 +231,8 @@ class Supervised:
             await self.kill()
 
     def _signal(self, number: signal.Signals) -> None:
-        # It may end at any time, but its id is not given to others before it is reaped.
+        assert self._running, "its id may be somebody else's by now"
+        # It may end at any time, but its id is not given to others before it is reaped, and then it does not run.
         with suppress(ProcessLookupError):
             os.kill(self._program.pid, number)
 

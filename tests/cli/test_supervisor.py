@@ -17,6 +17,7 @@ import psutil
 import pytest
 import redis
 
+from streamflow.cli.process import Command, Supervised
 from streamflow.cli.supervisor import LocalDeployment, serving
 from streamflow.errors import InvalidRequestError, NotFoundError, StreamFlowError, UnavailableError
 from tests.cli.light_up import LIGHT
@@ -174,6 +175,71 @@ def test_children_die_with_a_supervisor_that_is_killed(running: tuple[subprocess
     process, pids = running
     os.kill(process.pid, signal.SIGKILL)
     wait_until_gone(pids)
+
+
+async def test_a_process_that_is_down_is_not_signalled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its id may be somebody else's by then."""
+
+    async def at_once() -> None:
+        pass
+
+    command = Command(["sleep", "600"], environment=os.environ, on_line=print)
+    process = Supervised("sleeper", command, probe=at_once, on_line=print)
+    keeping = asyncio.create_task(process.run())
+    try:
+        await _until_it_runs(process)
+        await process.wait_ready(5)
+        assert process.last_ending == ""
+        assert await process.kill()
+        assert process.last_ending == "signal SIGKILL"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", lambda *_: pytest.fail("somebody was signalled"))
+            assert not process.running
+            assert not await process.kill()
+            await process.restart()
+        await _until_it_runs(process)
+        assert process.restarts == 1
+        # That was no restart: after its next crash it waits again.
+        await process.kill()
+        began_s = time.monotonic()
+        await _until_it_runs(process)
+        assert time.monotonic() - began_s > 0.2
+    finally:
+        await process.stop()
+        await keeping
+
+
+async def test_how_a_process_ended_is_kept() -> None:
+    async def at_once() -> None:
+        pass
+
+    # It ends in order, as our services do; "ready" says that the trap is set.
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)"
+    )
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    command = Command([sys.executable, "-c", program], environment=os.environ, on_line=lines.put_nowait)
+    process = Supervised("orderly", command, probe=at_once, on_line=print)
+    keeping = asyncio.create_task(process.run())
+    assert await lines.get() == "ready"
+    await process.wait_ready(5)
+    await process.restart()
+    assert process.last_ending == "exit code 0"
+    assert await lines.get() == "ready"
+    await process.kill()
+    assert process.last_ending == "signal SIGKILL"
+    await process.stop()
+    await keeping
+    assert process.last_ending == "signal SIGKILL"
+
+
+async def _until_it_runs(process: Supervised) -> None:
+    async with asyncio.timeout(10):
+        while not process.running:  # noqa: ASYNC110 - a process
+            await asyncio.sleep(0.01)
 
 
 async def test_waiting_for_an_exit_leaves_no_descriptor_open() -> None:

@@ -14,16 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import pytest
 import redis.asyncio as redis
 
-from streamflow.cli.supervisor import COMMANDS, LocalDeployment
+from streamflow.cli.supervisor import COMMANDS, SERVICES, LocalDeployment
 from streamflow.client import AsyncClient, ImageReady
 from streamflow.errors import NotFoundError, StreamFlowError
 from streamflow.types import JobState, Stage
+from streamflow.v1 import types_pb2
 from tests.faults.light_stage import picture
 
 LEASE_S = 2.0
+ATTEMPTS = 3
+"""Of an image, before it is given up."""
 SIZE_PX = 64
 SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 LIGHT = {
@@ -123,7 +127,22 @@ async def everything(client: AsyncClient, sent: Sequence[Asked], *, timeout_s: f
         assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
 
 
-def assert_under_way(work: asyncio.Task[None]) -> None:
+async def until(client: AsyncClient, enough: asyncio.Event, name: str, *, steps: int, at_once: int) -> list[Asked]:
+    """Keeps so many requests under way until it is enough; each must come with its pictures. Returns them all."""
+    coming, sent = iter(requests(10_000, name, steps=steps)), list[Asked]()
+
+    async def one_after_the_other() -> None:
+        while not enough.is_set():
+            sent.append(asked := next(coming))
+            await everything(client, [asked])
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(at_once):
+            tasks.create_task(one_after_the_other())
+    return sent
+
+
+def assert_under_way(work: asyncio.Task[Any]) -> None:
     """A fault must come before it is done."""
     if work.done():
         work.result()
@@ -173,6 +192,17 @@ async def check(
     await settled(deployment)
 
 
+async def counters(deployment: LocalDeployment, name: str) -> Mapping[str, int]:
+    """What a stage has counted up to now; the gateway's status is some seconds old."""
+    async with grpc.aio.insecure_channel(deployment.addresses[name]) as channel:
+        status = channel.unary_unary(
+            f"/{SERVICES[name.partition('-')[0]]}/Status",
+            request_serializer=types_pb2.StatusRequest.SerializeToString,
+            response_deserializer=types_pb2.StageStatus.FromString,
+        )
+        return Counter((await status(types_pb2.StatusRequest(), timeout=10.0)).counters)
+
+
 def descriptors(deployment: LocalDeployment, name: str) -> int:
     """Open files of a process."""
     return len(os.listdir(f"/proc/{deployment.processes[name].pid}/fd"))
@@ -201,6 +231,39 @@ async def held_by(store: redis.Redis, workers: Collection[str]) -> int:
             for consumer in await store.xinfo_consumers(key, "workers"):
                 count += int(consumer["pending"]) * (consumer["name"] in workers)
     return count
+
+
+async def worker_ids(deployment: LocalDeployment, store: redis.Redis, names: Sequence[str]) -> dict[str, str]:
+    """By which the streams know these processes, the youngest at their addresses; `store` decodes its responses."""
+    said = [json.loads(text.partition(" ")[2]) for text in await store.hvals("sf:v1:{default}:workers")]
+    said.sort(key=lambda worker: worker["started_at_s"])
+    at = {worker["address"]: str(worker["worker_id"]) for worker in said}
+    return {name: at[deployment.addresses[name]] for name in names if deployment.addresses[name] in at}
+
+
+async def storm_kill(deployment: LocalDeployment, deck: list[str]) -> str | None:
+    """Kills the last one of the deck and takes it off, or puts it first where it must wait.
+
+    None is killed that is down, or has an image in its last attempt: nobody innocent is to be given up.
+    """
+    name = deck.pop()
+    if await _in_last_attempt(deployment, name) or not await deployment.processes[name].kill():
+        deck.insert(0, name)
+        return None
+    return name
+
+
+async def _in_last_attempt(deployment: LocalDeployment, name: str) -> bool:
+    last = set[str]()
+    # A connection of its own: Redis may have been killed since the last time.
+    async with redis.from_url(deployment.redis_url, decode_responses=True) as store:
+        for stage in Stage:
+            async for key in store.scan_iter(match=f"sf:v1:*:{stage.value}:*", _type="stream"):
+                pending = await store.xpending_range(key, "workers", "-", "+", 1000)
+                last |= {entry["consumer"] for entry in pending if entry["times_delivered"] >= ATTEMPTS}
+        known = await worker_ids(deployment, store, [one for one in deployment.addresses if one[-1].isdigit()])
+    # A worker of which we do not know whose it is may be this one.
+    return bool(last - set(known.values())) or known.get(name) in last
 
 
 async def leftovers(store: Any) -> dict[str, Any]:

@@ -51,6 +51,8 @@ STEP_S = 0.02
 POISON = "poison"
 """A prompt with this word ends the denoiser; with `CURSE` its step raises; with `HANG` it makes no progress."""
 CURSE, HANG = "curse", "hang"
+ONCE = "once"
+"""With this word besides it hangs in its first attempt only."""
 
 _SERVICES: dict[Stage, tuple[str, Any, Any]] = {
     Stage.ENCODE: (
@@ -182,7 +184,7 @@ class Handler:
                     os.kill(os.getpid(), signal.SIGKILL)
                 if CURSE in prompt:
                     raise ArithmeticError("cursed")
-                if HANG in prompt:
+                if HANG in prompt and (ONCE not in prompt or entry.attempt == 1):
                     await asyncio.Event().wait()
             await asyncio.sleep(self._step_s)
             self.counters["steps_total"] += 1

@@ -42,7 +42,9 @@ class _Link:
 
     def reset(self) -> None:
         for writer in (self.client, self.target):
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
+            # It may have been closed just now.
+            with suppress(OSError):
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_AT_CLOSE)
             writer.transport.abort()
 
 

@@ -21,16 +21,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from streamflow.cli.supervisor import SERVICES, LocalDeployment
 from streamflow.client import AsyncClient
-from streamflow.client.request import build_request
-from streamflow.errors import NotFoundError
-from streamflow.rpc.errors import PUSHBACK_KEY
 from streamflow.transport.embedded import EmbeddedRedis, find_redis_server
 from streamflow.transport.keys import Keys
 from streamflow.types import JobState, Stage
-from streamflow.v1 import gateway_pb2_grpc
 from tests.faults import shims
 from tests.faults.harness import Asked, Tally, assert_under_way, check, everything, light_deployment, requests
 from tests.faults.light_stage import CURSE
+from tests.faults.submitted import Submitted, assert_busy, refusal
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(120)]
 
@@ -62,60 +59,6 @@ def redis_server(
 def append_only_file(folder: Path) -> Path:
     """The one that grows; Redis 7 has a base and a manifest beside it."""
     return max(folder.rglob("*.aof"), key=lambda path: path.stat().st_size)
-
-
-class Submitted:
-    """Requests that go on without their client. Nobody sends them again, so what the server loses stays lost."""
-
-    def __init__(self, client: AsyncClient) -> None:
-        self._client = client
-        self.answered: list[Asked] = []
-        self._changed = asyncio.Event()
-
-    async def submit(self, sent: Sequence[Asked], *, at_once: int = 8) -> None:
-        places = asyncio.Semaphore(at_once)
-        await asyncio.gather(*(self._submit(asked, places) for asked in sent))
-
-    async def reach(self, count: int) -> None:
-        """Returns when so many were answered."""
-        while len(self.answered) < count:
-            self._changed.clear()
-            await self._changed.wait()
-
-    async def lost(self) -> list[str]:
-        """Those of which the server knows nothing, though it had answered."""
-        answered = list(self.answered)
-        states = await asyncio.gather(*(self._state(asked) for asked in answered))
-        return [asked.request_id for asked, state in zip(answered, states, strict=True) if state is None]
-
-    async def ended(self) -> None:
-        """Returns when no job is under way."""
-        for asked in self.answered:
-            while (state := await self._state(asked)) is not None and not state.terminal:  # noqa: ASYNC110 - remote
-                await asyncio.sleep(0.1)
-
-    async def _submit(self, asked: Asked, places: asyncio.Semaphore) -> None:
-        async with places:
-            await self._client.submit(asked.prompt, **asked.options)
-        self.answered.append(asked)
-        self._changed.set()
-
-    async def _state(self, asked: Asked) -> JobState | None:
-        try:
-            return (await self._client.job(asked.request_id)).state
-        except NotFoundError:
-            return None
-
-
-async def refusal(deployment: LocalDeployment, asked: Asked) -> grpc.aio.AioRpcError | None:
-    """What the gateway answers to a client that does not try again; None where it takes the request."""
-    async with grpc.aio.insecure_channel(deployment.address, options=[("grpc.enable_retries", 0)]) as channel:
-        stub = gateway_pb2_grpc.GatewayStub(channel)
-        try:
-            await stub.Submit(build_request(asked.prompt, detach=True, **asked.options), timeout=15.0)
-        except grpc.aio.AioRpcError as error:
-            return error
-    return None
 
 
 @pytest.mark.full
@@ -257,6 +200,8 @@ async def test_12_redis_out_of_memory(tally: Tally, tmp_path: Path) -> None:
             AsyncClient(deployment.address) as client,
             redis.asyncio.from_url(server.url) as store,
         ):
+            # Most of it before there is work, which would be done by the time that all is full.
+            await fill_memory(store, leave_bytes=10 * 2**20)
             submitted = Submitted(client)
             await submitted.submit(admitted)
             await fill_memory(store)
@@ -272,9 +217,12 @@ async def test_12_redis_out_of_memory(tally: Tally, tmp_path: Path) -> None:
             await check(deployment, client, later, tally)
 
 
-async def fill_memory(store: redis.asyncio.Redis) -> None:
-    """Fills Redis up, and a little over, so that what is freed meanwhile makes no room."""
-    for number in itertools.count():
+async def fill_memory(store: redis.asyncio.Redis, *, leave_bytes: int = 0) -> None:
+    """Fills Redis up, and a little over, so that what is freed meanwhile makes no room; or leaves so much."""
+    for number in itertools.count(await store.hlen("ballast")):
+        memory = await store.info("memory")
+        if leave_bytes and memory["used_memory"] > memory["maxmemory"] - leave_bytes:
+            return
         try:
             await store.hset("ballast", str(number), bytes(2**18))
         except redis.exceptions.OutOfMemoryError:
@@ -282,13 +230,6 @@ async def fill_memory(store: redis.asyncio.Redis) -> None:
     await store.hdel("ballast", str(number - 1), str(number - 2))
     # A command of a few bytes that takes megabytes.
     await store.setrange("rest", 8 * 2**20, b"x")
-
-
-async def assert_busy(deployment: LocalDeployment, asked: Asked) -> None:
-    error = await refusal(deployment, asked)
-    assert error is not None
-    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, error
-    assert int(dict(error.trailing_metadata() or ())[PUSHBACK_KEY]) >= 1000
 
 
 @pytest.mark.full
