@@ -11,7 +11,7 @@ from gateway.pipeline import Pipeline
 from gateway.servicer import GatewayServicer
 from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings, settings_from
-from streamflow.errors import StreamFlowError
+from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.server import RpcServer, Service, server_credentials
@@ -77,12 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         known, unexpected = group.split(StreamFlowError)
         if known is None or unexpected is not None:
             raise
-        sys.exit(f"gateway: {_first(known)}")
-
-
-def _first(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, ExceptionGroup) else first
+        sys.exit(f"gateway: {first_of(known)}")
 
 
 if __name__ == "__main__":

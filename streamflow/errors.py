@@ -99,6 +99,16 @@ class GenerationError(StreamFlowError):
         super().__init__(message)
 
 
+NOT_FINITE = "the latents are not finite; a lower guidance_scale or float32 (--dtype) may help"
+"""Of a GenerationError, wherever it is noticed."""
+
+
+def first_of(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
+    """One error to tell of in place of those of several tasks."""
+    first = group.exceptions[0]
+    return first_of(first) if isinstance(first, ExceptionGroup) else first
+
+
 def shorten(value: object, limit: int = 80) -> str:
     """`repr(value)`, with its middle left out where it is longer than `limit` characters."""
     # A prompt of a million characters must not be copied just to be cut.

@@ -16,7 +16,7 @@ from streamflow.backends.base import Network
 from streamflow.batching.rows import cut
 from streamflow.batching.slots import Image, Layout, Slot, SlotTable
 from streamflow.batching.step import Step, StepFunction, run_step
-from streamflow.errors import GenerationError, StreamFlowError
+from streamflow.errors import NOT_FINITE, GenerationError, StreamFlowError
 from streamflow.flow.programs import Op
 from streamflow.types import SlotState
 
@@ -231,8 +231,7 @@ class Engine:
             if np.isfinite(latents).all():
                 report.retired[handle] = latents
             else:
-                message = "the latents are not finite; a lower guidance_scale or float32 (--dtype) may help"
-                report.failed[handle] = GenerationError(message, stage="denoiser")
+                report.failed[handle] = GenerationError(NOT_FINITE, stage="denoiser")
             self._release(handle)
 
     def _release(self, handle: Hashable) -> None:

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from streamflow.errors import GenerationError
+from streamflow.errors import NOT_FINITE, GenerationError
 from streamflow.flow.programs import Role
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Payload, Transport
@@ -135,9 +135,7 @@ async def unpack_state(transport: Transport, payload: Payload, *, shape: tuple[i
 
 def _check_finite(*tensors: np.ndarray) -> None:
     if not all(np.isfinite(tensor).all() for tensor in tensors):
-        # In the words of the engine, for images that it finishes.
-        message = "the latents are not finite; a lower guidance_scale or float32 (--dtype) may help"
-        raise GenerationError(message, stage=Stage.DENOISE.service)
+        raise GenerationError(NOT_FINITE, stage=Stage.DENOISE.service)
 
 
 def without_state(payload: Payload) -> dict[str, bytes]:

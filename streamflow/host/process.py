@@ -16,7 +16,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from streamflow.config import StageSettings
-from streamflow.errors import BusyError, StreamFlowError, UnavailableError
+from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
 from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import configure_logging, get_logger
@@ -69,24 +69,14 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
         stage = service.load(settings)
         stage.warm_up()
         _log.info("loaded", model=stage.card.name, revision=stage.card.revision, device=device, slots=stage.slots)
-        transport = connect(settings, stage.card.revision)
+        transport = RedisTransport.of(settings, revision=stage.card.revision)
         asyncio.run(serve(service, stage, settings, transport=transport, device=device))
     except* StreamFlowError as group:
         # Raised here, or by a task of `serve`; what else went wrong beside it keeps its traceback.
-        failed = _first(group)
+        failed = first_of(group)
     if failed is not None:
         _log.error("cannot run", reason=str(failed))
         raise SystemExit(1) from failed
-
-
-def _first(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
-    first = group.exceptions[0]
-    return _first(first) if isinstance(first, ExceptionGroup) else first
-
-
-def connect(settings: StageSettings, revision: str) -> Transport:
-    """The transport of a stage with this model revision."""
-    return RedisTransport.of(settings, revision=revision)
 
 
 async def serve(

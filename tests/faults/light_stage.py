@@ -27,12 +27,13 @@ from streamflow.config import StageSettings
 from streamflow.families import describe
 from streamflow.flow.programs import Role
 from streamflow.host.control import ControlServicer, StageControl
-from streamflow.host.process import StageService, connect, serve
+from streamflow.host.process import StageService, serve
 from streamflow.host.request import ImageRequest, read_request
 from streamflow.rpc.convert import format_to_pb, progress_event
 from streamflow.rpc.server import Service
 from streamflow.telemetry import configure_logging
 from streamflow.transport.base import Transport
+from streamflow.transport.redis_streams import RedisTransport
 from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome
 from streamflow.types import ImageFormat, ModelCard, Stage
 from streamflow.v1 import (
@@ -223,7 +224,7 @@ def main(name: str, environment: Mapping[str, str]) -> None:
 
     light = LightStage(card, settings.slots or 8)
     service = StageService(stage, load=lambda _: light, handler=handler, servicer=servicer, suspend=Handler.suspend)
-    transport = cast("Transport", FaultyTransport(connect(settings, card.revision), fault))
+    transport = cast("Transport", FaultyTransport(RedisTransport.of(settings, revision=card.revision), fault))
     asyncio.run(serve(service, light, settings, transport=transport, device="none"))
 
 
