@@ -277,8 +277,8 @@ class Transport(Protocol):
     async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
         """At most `count` entries, redeliveries first; empty after `block_s` (at most 2) without any.
 
-        Redeliveries after a failure come beside others of their kind only, and alone in their last attempt: while
-        the worker holds such, it gets no fresh entries.
+        A worker that holds a redelivery after a failure gets no fresh entries, and one that holds a last attempt gets
+        nothing; a last attempt comes only to a worker that holds nothing.
 
         Entries of terminal images and entries delivered too often never come back from here: they are acknowledged,
         the latter after FINISH(ERROR) and a note in `dead`.

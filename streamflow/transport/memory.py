@@ -85,7 +85,7 @@ class MemoryTransport:
         paced_s = self._refuse_over_limits(job)
         now_s = self._clock()
         ranks, clock_s = self._ranks(job, now_s)
-        estimate_s = self._refuse_late(job, ranks[0], now_s)
+        estimate_s = self._refuse_late(job, ranks[0])
         deadline_at_s = now_s + job.timeout_s
         watch_until_s = None if job.watch_lease_s is None else now_s + job.watch_lease_s
         admitted = Job(
@@ -149,8 +149,7 @@ class MemoryTransport:
     async def expected_s(self, works: Sequence[float], *, num_images: int) -> list[float | None]:
         ahead = self._state.work_before(len(self._state.waiting))
         estimates = [self._state.estimate(ahead, work, num_images) for work in works]
-        stale_s = self._clock() - self._policy.fresh_s
-        return [expected_s if at_s > stale_s else None for expected_s, at_s in estimates]
+        return [expected_s if fresh else None for expected_s, fresh in estimates]
 
     @asynccontextmanager
     async def subscribe(self, job_id: str) -> AsyncIterator[AsyncIterator[bytes | None]]:
@@ -357,10 +356,9 @@ class MemoryTransport:
         ranks = [min(start_s + k * each_s - early_s, urgent_s + k * 1e-6) for k in range(job.num_images)]
         return ranks, start_s + job.num_images * each_s
 
-    def _refuse_late(self, job: NewJob, rank: float, now_s: float) -> float | None:
+    def _refuse_late(self, job: NewJob, rank: float) -> float | None:
         before = sum(other <= rank for other in self._state.waiting.values())
-        expected_s, at_s = self._state.estimate(self._state.work_before(before), job.work, job.num_images)
-        fresh = now_s - at_s < self._policy.fresh_s
+        expected_s, fresh = self._state.estimate(self._state.work_before(before), job.work, job.num_images)
         allowed_s = job.timeout_s / self._policy.headroom
         if expected_s is not None and fresh and expected_s > allowed_s:
             alone_s = self._state.alone_s(job.work, job.num_images)

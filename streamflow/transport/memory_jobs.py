@@ -134,7 +134,7 @@ class Measured:
 
     def image_s(self, work: float, load: float) -> tuple[float | None, float]:
         """How long an image is under way among `load`, or the least that it can be; and when that was measured."""
-        own = number_of(load)
+        own = class_of(load)
         if own in self.classes:
             return self.classes[own].image_s(work), self.classes[own].at_s
         least = [
@@ -144,8 +144,8 @@ class Measured:
         return max(least, default=None), max((sums.at_s for sums in self.classes.values()), default=-inf)
 
 
-def number_of(load: float) -> int:
-    """Of the class of images among so many."""
+def class_of(load: float) -> int:
+    """The class of images that are under way among so many: 1, 2 or 3, 4 to 7 ... of them."""
     return frexp(max(1.0, load))[1] - 1
 
 
@@ -201,14 +201,15 @@ class State:
         """How long the last of some images of one job will take, with so much work waiting before the first."""
         return self.estimate(ahead, work, images)[0]
 
-    def estimate(self, ahead: float, work: float, images: int) -> tuple[float | None, float]:
-        """`estimate_s`, and when that was measured."""
+    def estimate(self, ahead: float, work: float, images: int) -> tuple[float | None, bool]:
+        """`estimate_s`, and whether that is measured and not old."""
         window, under_way = 2 * self.num_slots(), self.under_way()
         image_s, at_s = self.measured.image_s(work, window if ahead else min(window, under_way + images))
         if image_s is None:
-            return None, at_s
+            return None, False
         waiting = images - 1 if ahead else under_way + images - window
-        return self._queue_s(ahead + work * max(0, waiting)) + image_s, at_s
+        fresh = self.clock() - at_s < self.policy.fresh_s
+        return self._queue_s(ahead + work * max(0, waiting)) + image_s, fresh
 
     def alone_s(self, work: float, images: int) -> float:
         """How long they would take if nobody else were there."""
@@ -306,7 +307,7 @@ class State:
         now_s, slots, work = self.clock(), self.num_slots(), job.new.work
         released_at_s, load = job.released.get(index, (now_s, self.under_way()))
         time_s, load_mean = now_s - released_at_s, (load + self.under_way()) / 2
-        sums = self.measured.classes.setdefault(number_of(load_mean), Sums())
+        sums = self.measured.classes.setdefault(class_of(load_mean), Sums())
         if is_done or not sums.n or sums.image_s(work) <= time_s:
             sums.add(work, time_s, load_mean, memory=self.policy.memory)
             sums.at_s = now_s

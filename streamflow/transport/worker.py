@@ -8,7 +8,6 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -196,7 +195,7 @@ class StageWorker:
     def draining(self) -> bool:
         return self._draining.is_set()
 
-    @contextmanager
+    @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
         """Work that is not from the stream takes a place meanwhile: no entry is read for it."""
         self._lent += 1

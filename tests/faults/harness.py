@@ -127,7 +127,9 @@ async def everything(client: AsyncClient, sent: Sequence[Asked], *, timeout_s: f
         assert answer == asked.files, (asked, answer if isinstance(answer, Exception) else "other pictures")
 
 
-async def until(client: AsyncClient, enough: asyncio.Event, name: str, *, steps: int, at_once: int) -> list[Asked]:
+async def keep_under_way(
+    client: AsyncClient, enough: asyncio.Event, name: str, *, steps: int, at_once: int
+) -> list[Asked]:
     """Keeps so many requests under way until it is enough; each must come with its pictures. Returns them all."""
     coming, sent = iter(requests(10_000, name, steps=steps)), list[Asked]()
 
@@ -157,7 +159,7 @@ class Drained:
     processes: set[str] = field(default_factory=set)
 
     def take(self, name: str, line: str) -> None:
-        if '"event": "drained"' in line or '"drained"' in line:
+        if '"drained"' in line:
             said = json.loads(line)
             self.processes.add(name)
             self.counters.update(said.get("counters", {}))

@@ -29,11 +29,11 @@ from tests.faults.harness import (
     counters,
     everything,
     held_by,
+    keep_under_way,
     light_deployment,
     requests,
     settled,
     storm_kill,
-    until,
     worker_ids,
 )
 from tests.faults.submitted import Submitted
@@ -233,7 +233,7 @@ async def test_16_rolling_restart_of_every_role_under_load(grace_s: float, tally
         ) as deployment,
         AsyncClient(deployment.address) as client,
     ):
-        work = asyncio.create_task(until(client, enough, f"rolling-{grace_s:g}", steps=60, at_once=24))
+        work = asyncio.create_task(keep_under_way(client, enough, f"rolling-{grace_s:g}", steps=60, at_once=24))
         processes = {name: process for name, process in deployment.processes.items() if name != "redis"}
         for name, process in processes.items():
             assert_under_way(work)
