@@ -7,12 +7,18 @@ name would then reach either process. So names are resolved here, and every addr
 from __future__ import annotations
 
 import errno
+import random
 import socket
 from contextlib import ExitStack
+from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 
-_TRIES = 8
+_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LEAST_PORT, _SPAN = 1024, 12_000
+_TRIES = 64
+# Its own: whoever seeds the common one would get the ports of others who did.
+_RANDOM = random.SystemRandom()
 
 
 def local_addresses(host: str) -> list[str]:
@@ -36,21 +42,22 @@ def local_addresses(host: str) -> list[str]:
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """A port that is free on every address of `host`.
+    """A port that is free on every address of `host`, and that the system gives to nobody by itself.
+
+    One that it chose could be taken by any outgoing connection before a server binds it.
 
     Raises:
-        OSError: `host` has no address here, or none of a few ports was free on all of them.
+        OSError: `host` has no address here, or none of some ports was free on all of them.
     """
-    first, *others = local_addresses(host)
+    addresses, first = local_addresses(host), _first_ephemeral()
     for _ in range(_TRIES):
-        with _bound(first, 0) as probe:
-            port: int = probe.getsockname()[1]
-            try:
-                _require_free(others, port)
-            except OSError:
-                continue
-            return port
-    raise OSError(errno.EADDRINUSE, f"no port is free on all of {first}, {', '.join(others)}")
+        port = _RANDOM.randrange(first - _SPAN, first)
+        try:
+            _require_free(addresses, port)
+        except OSError:
+            continue
+        return port
+    raise OSError(errno.EADDRINUSE, f"no port is free on all of {', '.join(addresses)}")
 
 
 def require_free(host: str, port: int) -> None:
@@ -64,6 +71,15 @@ def require_free(host: str, port: int) -> None:
 def join(host: str, port: int) -> str:
     """`host:port`, with brackets around an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _first_ephemeral() -> int:
+    """Where the ports begin that the system chooses from: it says so, or it has Linux's usual ones."""
+    try:
+        first = int(_RANGE.read_text("ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 32768
+    return max(first, _LEAST_PORT + _SPAN)
 
 
 def _require_free(addresses: list[str], port: int) -> None:

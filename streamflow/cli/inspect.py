@@ -141,25 +141,30 @@ def _status_table(status: Status) -> Table:
         )
         for stage in sorted(status.stages, key=lambda stage: (_ORDER.get(stage.stage, 9), stage.worker_id))
     ]
-    shown = table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=rows)
-    shown.title = f"{status.model}: {len(rows)} replicas, {status.waiting} images waiting"
+    present = {stage.stage for stage in status.stages}
+    missing = [(name, "none", "", "", "", "", "images wait for one") for name in _ORDER if name not in present]
+    shown = table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=[*rows, *missing])
+    shown.title = f"{status.model}: {len(status.stages)} replicas, {status.waiting} images waiting"
     return shown
 
 
 def _job_table(found: Sequence[Job]) -> Table:
+    """As much as fits beside an id on 80 columns; --json has it all."""
+    columns = ["id", "state", "images", "admitted"]
     rows = [
-        (
+        [
             job.request_id,
             job.state,
             f"{job.num_finished} / {job.num_images}",
-            job.model,
-            job.seed,
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.admitted_at_s)),
-            job.failure.message if job.failure else "",
-        )
+        ]
         for job in found
     ]
-    return table("id", "state", "images", "model", "seed", "admitted", "failure", rows=rows)
+    if any(job.failure for job in found):
+        columns.append("failure")
+        for job, row in zip(found, rows, strict=True):
+            row.append(job.failure.message if job.failure else "")
+    return table(*columns, rows=rows)
 
 
 _ORDER = {"encoder": 0, "denoiser": 1, "decoder": 2}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from streamflow.cli.outputs import choose_names, write
 from streamflow.errors import StreamFlowError
 
 if TYPE_CHECKING:
-    from streamflow.client import Client, GenerateOptions, Result
+    from streamflow.client import Client, GenerateOptions, ImageInfo, Result
 
 OutputOption = Annotated[
     str,
@@ -27,12 +27,12 @@ OutputOption = Annotated[
     ),
 ]
 NegativePrompt = Annotated[str | None, typer.Option(help="What to steer away from, with guidance above 1.")]
-Steps = Annotated[int | None, typer.Option(help="Steps of the sampler's schedule.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of the sampler's schedule.")]
 TimeBudget = Annotated[
     float | None,
     typer.Option(metavar="SECONDS", help="In place of steps: the server chooses what fits into this time."),
 ]
-MinSteps = Annotated[int | None, typer.Option(help="With --time-budget: no fewer steps.")]
+MinSteps = Annotated[int | None, typer.Option(min=1, help="With --time-budget: no fewer steps.")]
 GuidanceScale = Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none.")]
 GuidanceInterval = Annotated[
     str | None,
@@ -46,7 +46,7 @@ SamplerOption = Annotated[str | None, typer.Option(help="A name or blocks; `stre
 FormatOption = Annotated[
     str | None, typer.Option("--format", help="png, jpeg, webp or raw; by default what FILE ends with, or png.")
 ]
-Quality = Annotated[int | None, typer.Option(help="1 to 100, for JPEG and WebP.")]
+Quality = Annotated[int | None, typer.Option(min=1, max=100, help="For JPEG and WebP.")]
 Decoder = Annotated[str | None, typer.Option(help="tiny (fast) or full (best).")]
 Strength = Annotated[float | None, typer.Option(help="How far it is changed, above 0 to 1.")]
 Mask = Annotated[Path | None, typer.Option(help="White = repaint, black = keep.")]
@@ -62,9 +62,6 @@ ModelOption = Annotated[str | None, typer.Option(help="A name from `streamflow m
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds until it is given up.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace existing files whatever their names came from.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON: files, seeds, timings.")]
-
-# Their names are made before the server, whose limit is lower as a rule, is asked.
-_MOST_FILES = 10_000
 
 _FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".rgb": "raw"}
 
@@ -102,17 +99,17 @@ def make(
     """Asks for the pictures with a progress bar, writes them and says where; leaving early cancels the job."""
     from streamflow.cli.progress import show_progress
 
-    paths = _choose_names(output, options, count=len(prompts) * options["num_images"], overwrite=overwrite)
+    paths = choose_names(output, options, count=len(prompts) * options["num_images"], overwrite=overwrite)
     with connect() as client, show_progress(paths) as on_event, _cancelled_when_left(client, options):
         result = client.generate(prompts, on_event=on_event, **options)
-    _write(result, paths)
+    write(result.files, paths)
     for warning in result.warnings:
         typer.echo(f"warning: {warning.message}", err=True)
     if as_json:
         typer.echo(_describe(result, paths))
     else:
         for path, info in zip(paths, result.infos, strict=True):
-            typer.echo(f"{path}  (seed {info.seed})")
+            typer.echo(f"{path}  (seed {info.seed}{_chosen(info) if options.get('time_budget_s') else ''})")
 
 
 @contextmanager
@@ -131,39 +128,9 @@ def _cancelled_when_left(client: Client, options: GenerateOptions) -> Iterator[N
         raise
 
 
-def _choose_names(output: str, options: GenerateOptions, *, count: int, overwrite: bool) -> list[Path]:
-    """Fixes the request's id and seed, because names may hold them, and refuses before there is any work."""
-    from streamflow.client.request import image_format, new_request_id, seed_of
-    from streamflow.client.result import output_paths, suffix_of
-
-    if count > _MOST_FILES:
-        allowed = f"at most {_MOST_FILES:,} images over all prompts; run the command several times"
-        raise typer.BadParameter(f"got {count:,} images; {allowed}", param_hint="--num-images")
-    request_id = options["request_id"] = new_request_id()
-    seed = options["seed"]
-    first = options["seed"] = seed_of(request_id) if seed is None else seed
-    suffix = suffix_of(image_format(options["format"]))
-    try:
-        paths = output_paths(output, request_id=request_id, seeds=range(first, first + max(count, 1)), suffix=suffix)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--output") from None
-    for folder in {path.parent for path in paths}:
-        # Now rather than after the work.
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise typer.BadParameter(f"{folder}: {error.strerror}", param_hint="--output") from None
-        if not os.access(folder, os.W_OK):
-            raise typer.BadParameter(f"{folder} cannot be written to", param_hint="--output")
-    taken = [path for path in paths if path.exists() and str(path) != str(Path(output))]
-    if taken and not overwrite:
-        raise typer.BadParameter(f"{taken[0]} exists; choose another name or add --overwrite", param_hint="--output")
-    return paths
-
-
-def _write(result: Result, paths: list[Path]) -> None:
-    for path, data in zip(paths, result.files, strict=True):
-        path.write_bytes(data)
+def _chosen(info: ImageInfo) -> str:
+    """What the server made of a time budget."""
+    return f", {info.steps} steps of {info.sampler}, {info.decoder} decoder"
 
 
 def _describe(result: Result, paths: list[Path]) -> str:

@@ -182,9 +182,9 @@ class LocalDeployment:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
 
-    async def kill(self, name: str) -> None:
-        """SIGKILL; it is started again. Returns when it is dead."""
-        await self._process(name).kill()
+    async def kill(self, name: str) -> bool:
+        """SIGKILL; it is started again. Returns when it is dead; false where it was down."""
+        return await self._process(name).kill()
 
     async def restart(self, name: str) -> None:
         """SIGTERM, then started again at once; returns when it is ready."""

@@ -14,13 +14,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a tab
 
 
 def table(*columns: str, rows: Iterable[Sequence[object]], lines: bool = False) -> Table:
-    """Cells are texts of rich, or anything else as `str` gives it; `lines` are drawn between rows."""
+    """Cells are texts of rich, or anything else as `str` gives it; `lines` are drawn between rows.
+
+    The first column keeps its lines whole, however narrow the terminal is: what stands there is copied.
+    """
     from rich.table import Table
     from rich.text import Text
 
     made = Table(show_lines=lines)
-    for column in columns:
-        made.add_column(column, overflow="fold")
+    for number, column in enumerate(columns):
+        made.add_column(column, overflow="fold", no_wrap=number == 0)
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made

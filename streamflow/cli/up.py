@@ -43,8 +43,11 @@ def up(
     import asyncio
 
     from streamflow.cli.supervisor import LocalDeployment
-    from streamflow.config import default_model
+    from streamflow.config import GatewaySettings, StageSettings, default_model, settings_from
 
+    for kind in (GatewaySettings, StageSettings):
+        # What the environment says is told of here, once, rather than by every process.
+        settings_from([], kind, program="streamflow up")
     deployment = LocalDeployment(
         model=model or default_model(),
         host=host,

@@ -16,8 +16,11 @@ from streamflow.client.base import (
     CANCEL_TIMEOUT_S,
     CLOSED,
     BaseClient,
+    cancel_request,
     job_page,
+    job_request,
     letters_request,
+    retry_request,
     take_page,
 )
 from streamflow.client.events import Event
@@ -106,23 +109,22 @@ class AsyncClient(BaseClient):
     ) -> Job:
         """Sends a request that goes on without its client; `watch` fetches the pictures."""
         request = build_request(prompt, detach=True, **options)
-        timeout_s = timeout_s or self.timeout_s
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         return Job.from_pb(
             await self._call(self._stub.Submit, request, timeout_s=timeout_s, within_s=budget_s(request))
         )
 
     def watch(self, request_id: str, *, timeout_s: float | None = None) -> AsyncGenerator[Event]:
         """The events of any job from now on, images that are already there included; leaving it does not cancel."""
-        return self._follow(Session(request_id, self._retry(timeout_s)))
+        return self._follow(self._watching(request_id, timeout_s))
 
     async def job(self, request_id: str) -> Job:
         """Raises NotFoundError."""
-        return Job.from_pb(await self._call(self._stub.GetJob, gateway_pb2.GetJobRequest(request_id=request_id)))
+        return Job.from_pb(await self._call(self._stub.GetJob, job_request(request_id)))
 
     async def cancel(self, request_id: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Job:
         """Ends a job, whoever waits for it; a finished one stays as it is. Raises NotFoundError."""
-        request = gateway_pb2.CancelRequest(request_id=request_id)
-        return Job.from_pb(await self._call(self._stub.Cancel, request, timeout_s=timeout_s))
+        return Job.from_pb(await self._call(self._stub.Cancel, cancel_request(request_id), timeout_s=timeout_s))
 
     async def jobs(self, *, limit: int = 100) -> list[Job]:
         """The newest jobs, newest first."""
@@ -139,8 +141,7 @@ class AsyncClient(BaseClient):
 
     async def retry(self, letter_id: str) -> Job:
         """Submits the request of a dead letter once more, as a job of its own. Raises NotFoundError."""
-        request = gateway_pb2.RetryDeadLetterRequest(id=letter_id)
-        return Job.from_pb(await self._call(self._stub.RetryDeadLetter, request))
+        return Job.from_pb(await self._call(self._stub.RetryDeadLetter, retry_request(letter_id)))
 
     async def models(self) -> list[Model]:
         answer = await self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest())
@@ -193,5 +194,5 @@ class AsyncClient(BaseClient):
     async def _cancel_quietly(self, request_id: str) -> None:
         # Its best effort: where the server cannot be told, the job's watch lease runs out.
         with contextlib.suppress(grpc.aio.AioRpcError, UnavailableError), self._told_when_closed():
-            request = gateway_pb2.CancelRequest(request_id=request_id)
+            request = cancel_request(request_id)
             await self._stub.Cancel(request, timeout=CANCEL_TIMEOUT_S, metadata=self._metadata)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamflow.client.limits import check_max_message_bytes
+from streamflow.client.arguments import (
+    check_address,
+    check_api_key,
+    check_max_message_bytes,
+    check_text,
+    check_timeout_s,
+    root_ca_of,
+)
 from streamflow.client.request import GenerateOptions, build_request
 from streamflow.client.retry import Retry, RetryPolicy
 from streamflow.client.session import Session
@@ -26,7 +33,7 @@ class BaseClient:
     """Where the gateway is, and how patient its client.
 
     Args:
-        address: "host:port" of a gateway, or what else gRPC resolves.
+        address: "host:port" of a gateway, or what else gRPC resolves, such as "dns:///gateway:50051".
         api_key: sent with every call.
         tls: True trusts the system's authorities; a path or bytes (PEM) name others.
         timeout_s: deadline of a request that sets none of its own.
@@ -36,7 +43,7 @@ class BaseClient:
             Images come in parts, whatever their size. The gateway has a limit of its own, 32 MiB by default.
 
     Raises:
-        InvalidRequestError: max_message_bytes is not from 2 MiB to 1 GiB.
+        InvalidRequestError: one of them cannot be used; max_message_bytes is from 2 MiB to 1 GiB.
     """
 
     def __init__(
@@ -50,23 +57,37 @@ class BaseClient:
         max_busy_retries: int | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     ) -> None:
-        root_ca = Path(tls).read_bytes() if isinstance(tls, str | Path) else tls if isinstance(tls, bytes) else None
-        self.address, self.timeout_s = address, timeout_s
+        self.address, self.timeout_s = check_address(address), check_timeout_s(timeout_s)
         limit = check_max_message_bytes(max_message_bytes)
-        self._target = Target(address, tls=bool(tls), root_ca=root_ca, max_message_bytes=limit)
-        self._metadata = key_metadata(api_key)
-        self._policy = RetryPolicy(address, connect_timeout_s, max_busy_retries)
+        self._target = Target(address, tls=bool(tls), root_ca=root_ca_of(tls), max_message_bytes=limit)
+        self._metadata = key_metadata(check_api_key(api_key))
+        self._policy = RetryPolicy(address, check_timeout_s(connect_timeout_s, "connect_timeout_s"), max_busy_retries)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}{' with TLS' if self._target.tls else ''}>"
 
     def _retry(self, timeout_s: float | None) -> Retry:
-        return Retry(self._policy, timeout_s=self.timeout_s if timeout_s is None else timeout_s)
+        return Retry(self._policy, timeout_s=self.timeout_s if timeout_s is None else check_timeout_s(timeout_s))
 
     def _session(self, prompt: str | Sequence[str], options: GenerateOptions, timeout_s: float | None) -> Session:
         request = build_request(prompt, **options)
         shared = bool(options.get("request_id"))
         return Session(request.request_id, self._retry(timeout_s), request=request, shared=shared)
+
+    def _watching(self, request_id: str, timeout_s: float | None) -> Session:
+        return Session(check_text("request_id", request_id), self._retry(timeout_s))
+
+
+def job_request(request_id: str) -> gateway_pb2.GetJobRequest:
+    return gateway_pb2.GetJobRequest(request_id=check_text("request_id", request_id))
+
+
+def cancel_request(request_id: str) -> gateway_pb2.CancelRequest:
+    return gateway_pb2.CancelRequest(request_id=check_text("request_id", request_id))
+
+
+def retry_request(letter_id: str) -> gateway_pb2.RetryDeadLetterRequest:
+    return gateway_pb2.RetryDeadLetterRequest(id=check_text("letter_id", letter_id))
 
 
 def job_page(limit: int, token: str = "") -> gateway_pb2.ListJobsRequest:

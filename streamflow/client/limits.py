@@ -1,4 +1,4 @@
-"""The largest gRPC message that a client sends or takes, and what it says of one that is larger."""
+"""What a client says of a message that is larger than it, or the gateway, takes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,7 @@ import grpc
 from streamflow.errors import InvalidRequestError, StreamFlowError
 from streamflow.rpc.errors import from_rpc_error
 
-# Images come in parts of 1 MiB, with some bytes about them; gRPC counts in 32 bits.
-_LEAST_BYTES, _MOST_BYTES = 2 * 2**20, 2**30
-
 _TOO_LARGE = re.compile(r"(CLIENT|SERVER): (Sent|Received) message larger than max \((\d+) vs\. (\d+)\)")
-
-
-def check_max_message_bytes(value: int) -> int:
-    """Raises InvalidRequestError."""
-    if not _LEAST_BYTES <= value <= _MOST_BYTES:
-        raise InvalidRequestError("max_message_bytes", value, f"{_LEAST_BYTES} to {_MOST_BYTES}")
-    return value
 
 
 def client_error(error: grpc.RpcError) -> StreamFlowError:

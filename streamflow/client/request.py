@@ -11,6 +11,7 @@ from typing import Any, TypedDict, TypeVar
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from streamflow.client.arguments import check_text
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import GuidanceMode, read_interval
 from streamflow.pictures import Picture, as_file
@@ -128,7 +129,7 @@ def build_request(
     unknown = plain.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}; see streamflow.client.GenerateOptions")
-    request_id = request_id or new_request_id()
+    request_id = check_text("request_id", request_id) if request_id else new_request_id()
     request = types_pb2.GenerateRequest(detach=detach)
     fields = {
         "request_id": request_id,

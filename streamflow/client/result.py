@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,8 @@ from PIL import Image
 from streamflow.client.events import Accepted, Done, Event, ImageInfo, ImageReady, RequestWarning, decode_image
 from streamflow.types import ImageFormat
 
+# A name, and for the numbers how wide they are: {index:03}.
+_FIELD = re.compile(r"\{(?:(?:index|seed)(?::0?\d{1,2}d?)?|request_id|suffix)\}")
 _SUFFIXES: Mapping[ImageFormat, str] = {ImageFormat.JPEG: "jpg", ImageFormat.RAW: "rgb"}
 
 
@@ -99,8 +102,9 @@ def output_paths(target: str | Path, *, request_id: str, seeds: Sequence[int], s
     """Where the images of a request go.
 
     Args:
-        target: a pattern with {index}, {seed}, {request_id} or {suffix}; or a file's name, which gets -0, -1 ... before
-            its ending when there are several images; or else a folder (one that is there, or a name without ending).
+        target: a pattern with {index}, {seed}, {request_id} or {suffix}, the numbers as {index:03} too; or a file's
+            name, which gets -0, -1 ... before its ending when there are several images; or else a folder (one that is
+            there, or a name without ending).
 
     Raises:
         ValueError: the pattern asks for something else, or gives several images one name.
@@ -113,10 +117,10 @@ def output_paths(target: str | Path, *, request_id: str, seeds: Sequence[int], s
         elif len(seeds) > 1:
             text = str(path.with_name(f"{path.stem}-{{index}}{path.suffix}"))
     values = [{"index": k, "seed": seed, "request_id": request_id, "suffix": suffix} for k, seed in enumerate(seeds)]
-    try:
-        paths = [Path(text.format(**each)) for each in values]
-    except (KeyError, IndexError, ValueError):
-        raise ValueError(f"{text}: a pattern may hold {{index}}, {{seed}}, {{request_id}} and {{suffix}}") from None
+    if re.search(r"[{}]", _FIELD.sub("", text)):
+        allowed = "{index}, {seed}, {request_id} and {suffix}, and numbers with a width, such as {index:03}"
+        raise ValueError(f"{target}: a pattern may hold {allowed}")
+    paths = [Path(text.format(**each)) for each in values]
     if len(set(paths)) < len(paths):
-        raise ValueError(f"{text}: gives several images one name; add {{index}}")
+        raise ValueError(f"{target}: gives several images one name; add {{index}}")
     return paths

@@ -192,10 +192,22 @@ def test_samplers_that_cannot_be_shown_are_refused(arguments: list[str], code: i
         (["status", "--address", "127.0.0.1:1"], 3, "no StreamFlow gateway answers"),
         (["up", "--model", "/nowhere"], 2, "/nowhere"),
         (["jobs", "--limit", "0"], 2, "--limit"),
-        (["models", "--tls-ca", "/nowhere.pem"], 1, "/nowhere.pem"),
+        (["models", "--tls-ca", "/nowhere.pem"], 2, "/nowhere.pem"),
+        (["models", "--tls-ca", "/etc/hostname"], 2, "in PEM form"),
+        (["status", "--address", "127.0.0.1:99999"], 2, "ports are 1 to 65535"),
+        (["status", "--address", "https://127.0.0.1:50051"], 2, "without a scheme: 127.0.0.1:50051"),
+        (["status", "--address", "gateway"], 2, "with its port: gateway:50051"),
+        (["status", "--api-key", "one\ntwo"], 2, "printable ASCII"),
+        (["generate", "a ring", "--steps", "-3"], 2, "--steps"),
+        (["generate", "a ring", "--quality", "0"], 2, "--quality"),
+        (["generate", "a ring", "--timeout", "inf"], 2, "timeout_s: got inf"),
+        (["generate", "a ring", "-o", "{index:>9999999999}.png"], 2, "such as {index:03}"),
+        (["generate", "a ring", "-o", "x" * 300 + ".png"], 2, "name too long"),
+        (["generate", "a ring", "-o", "file/a.png"], 2, "file/a.png"),
     ],
 )
 def test_errors_are_one_line(deployment: Deployment, arguments: list[str], code: int, says: str) -> None:
+    Path("file").touch()
     result = run(*arguments)
     assert result.exit_code == code
     last = result.stderr.strip().splitlines()[-1]
@@ -203,6 +215,7 @@ def test_errors_are_one_line(deployment: Deployment, arguments: list[str], code:
     if last.startswith("streamflow: "):
         assert result.stderr.count("\n") == 1
     assert "Traceback" not in result.output
+    assert [path.name for path in Path().iterdir()] == ["file"], "a refused request leaves nothing behind"
 
 
 def test_the_program_exits_likewise() -> None:
@@ -223,6 +236,20 @@ def test_status_models_and_jobs(deployment: Deployment) -> None:
     (job,) = json.loads(run("jobs", "--json").output)
     assert (job["state"], job["seed"], job["num_finished"]) == ("images", 9, 1)
     assert "images" in run("jobs").output
+
+
+def test_the_ids_of_jobs_stay_whole_on_a_narrow_terminal(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("generate", "a ring").exit_code == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _jobs(deployment)[0] in run("jobs").output
+
+
+def test_status_names_the_stages_that_are_missing(deployment: Deployment) -> None:
+    lines = run("status").output.splitlines()
+    missing = [line for line in lines if "none" in line]
+    assert [line.split()[1] for line in missing] == ["encoder", "decoder"]
 
 
 def test_cancel_ends_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,7 +249,7 @@ async def storm_kill(deployment: LocalDeployment, deck: list[str]) -> str | None
     None is killed that is down, or has an image in its last attempt: nobody innocent is to be given up.
     """
     name = deck.pop()
-    if await _in_last_attempt(deployment, name) or not await deployment.processes[name].kill():
+    if await _in_last_attempt(deployment, name) or not await deployment.kill(name):
         deck.insert(0, name)
         return None
     return name
