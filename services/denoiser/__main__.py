@@ -17,7 +17,6 @@ def main() -> None:
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
     from streamflow.transport.base import Transport
-    from streamflow.transport.worker import StageWorker
     from streamflow.types import Stage
 
     def load(settings: StageSettings) -> DenoiserStage:
@@ -32,20 +31,10 @@ def main() -> None:
         )
 
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
-        return DenoiseHandler(stage, transport, hung_after_s=settings.progress_timeout_s)
-
-    async def watch(handler: DenoiseHandler, worker: StageWorker) -> None:
-        await handler.watch()
+        return DenoiseHandler(stage, transport)
 
     run_stage(
-        StageService(
-            Stage.DENOISE,
-            load=load,
-            handler=handler,
-            servicer=service,
-            background=watch,
-            suspend=DenoiseHandler.suspend,
-        ),
+        StageService(Stage.DENOISE, load=load, handler=handler, servicer=service, suspend=DenoiseHandler.suspend),
         settings,
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -50,16 +49,11 @@ class DenoiseHandler:
     Args:
         stage: entered by the caller.
         transport: where tensors are fetched, and progress and previews go.
-        hung_after_s: what a step of the whole batch may take.
     """
 
-    def __init__(self, stage: DenoiserStage, transport: Transport, *, hung_after_s: float = inf) -> None:
-        self._stage, self._transport, self._hung_after_s = stage, transport, hung_after_s
+    def __init__(self, stage: DenoiserStage, transport: Transport) -> None:
+        self._stage, self._transport = stage, transport
         self.counters: Counter[str] = Counter()
-
-    async def watch(self) -> None:
-        """Returns never. Raises UnavailableError when the engine has ended or hangs."""
-        await self._stage.watch(hung_after_s=self._hung_after_s)
 
     def suspend(self) -> None:
         """What is under way goes to other denoisers, which continue it."""

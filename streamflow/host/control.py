@@ -39,6 +39,13 @@ class HostedStage(Protocol):
 
     def warm_up(self) -> None: ...
 
+    async def watch(self, *, hung_after_s: float) -> None:
+        """Returns never. Raises UnavailableError when it can do no more work: only a new process helps then.
+
+        Args:
+            hung_after_s: what one network call may take.
+        """
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *exc_info: object) -> None: ...

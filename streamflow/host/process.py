@@ -9,7 +9,7 @@ SIGTERM ends it: not ready, no new work, what is under way finished within the g
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,8 @@ from streamflow.transport.worker import StageWorker
 from streamflow.types import Stage
 
 READY_CHECK_S = 1.0
+# Before the worker hands back one by one, at the end of the progress time-out, what waits behind a call that hangs.
+_HUNG_PART = 0.9
 
 S = TypeVar("S", bound=HostedStage)
 H = TypeVar("H", bound=StageHandler)
@@ -99,18 +101,19 @@ async def serve(
         server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
         await resources.enter_async_context(server)
         control.address = server.address
-        beside = service.background(handler, control.worker) if service.background else None
+        beside = [stage.watch(hung_after_s=_HUNG_PART * settings.progress_timeout_s)]
+        if service.background is not None:
+            beside.append(service.background(handler, control.worker))
         await _work(server, control, transport, beside)
 
 
 async def _work(
-    server: RpcServer, control: StageControl, transport: Transport, beside: Coroutine[None, None, None] | None
+    server: RpcServer, control: StageControl, transport: Transport, beside: Sequence[Coroutine[None, None, None]]
 ) -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(control.worker.run(), name="stage worker")
         endless = [tasks.create_task(_keep_ready(server, control, transport), name="readiness")]
-        if beside is not None:
-            endless.append(tasks.create_task(beside, name="background"))
+        endless += [tasks.create_task(one, name="background") for one in beside]
         await server.run_until_stopped()
         for task in endless:
             task.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -105,8 +106,12 @@ class DecoderStage:
             await self._pool.__aexit__(*exc_info)
 
     def close(self) -> None:
-        """Finishes what waits and ends the stage's thread; blocks until then."""
+        """Finishes what waits and ends the stage's thread; blocks until then, unless that hangs."""
         self._batcher.close()
+
+    async def watch(self, *, hung_after_s: float = inf) -> None:
+        """Returns never. Raises UnavailableError when a network call hangs: only a new process helps then."""
+        await self._batcher.watch(hung_after_s=hung_after_s)
 
     @property
     def backend(self) -> str:

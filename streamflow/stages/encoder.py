@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -112,8 +113,12 @@ class EncoderStage:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Finishes what waits and ends the stage's thread; blocks until then."""
+        """Finishes what waits and ends the stage's thread; blocks until then, unless that hangs."""
         self._batcher.close()
+
+    async def watch(self, *, hung_after_s: float = inf) -> None:
+        """Returns never. Raises UnavailableError when a network call hangs: only a new process helps then."""
+        await self._batcher.watch(hung_after_s=hung_after_s)
 
     @property
     def max_tokens(self) -> int:

@@ -9,10 +9,15 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import inf
 from typing import Generic, Self, TypeVar
+
+from streamflow.errors import UnavailableError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+_LOOK_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +60,8 @@ class MicroBatcher(Generic[Item, Result]):
         self._run, self._key, self._max_rows, self._max_wait_s = run, key, max_rows, max_wait_s
         self._groups: dict[Hashable, list[_Pending[Item, Result]]] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self._closed, self._hangs = False, False
+        self._call_began_s: float | None = None
         self.calls, self.rows = 0, 0
         # A daemon: an interpreter that ends without close() must not hang on a network call.
         self._thread = threading.Thread(target=self._loop, name=name, daemon=True)
@@ -94,12 +100,32 @@ class MicroBatcher(Generic[Item, Result]):
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Takes no more items, runs those that wait without further delay, and ends the thread; blocks until then."""
+        """Takes no more items, runs those that wait without further delay, and ends the thread.
+
+        Blocks until then; a thread that was found to hang is left behind, and goes with its process.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread.ident:
+        if self._thread.ident and not self._hangs:
             self._thread.join()
+
+    async def watch(self, *, hung_after_s: float = inf) -> None:
+        """Returns never; a process whose thread hangs should end, so that it is started anew.
+
+        Args:
+            hung_after_s: what a call may take.
+
+        Raises:
+            UnavailableError: a call has taken longer.
+        """
+        while not self._hangs:
+            await asyncio.sleep(min(_LOOK_S, hung_after_s / 4))
+            # The thread's own; it may be set anew at any time.
+            began_s = self._call_began_s
+            self._hangs = began_s is not None and time.monotonic() - began_s > hung_after_s
+        name = self._thread.name
+        raise UnavailableError(f"the {name}'s network call has not ended after {hung_after_s:g} s; restart the {name}")
 
     def _loop(self) -> None:
         while True:
@@ -109,6 +135,7 @@ class MicroBatcher(Generic[Item, Result]):
             running = [pending for pending in batch if pending.future.set_running_or_notify_cancel()]
             if running:
                 self._execute(running)
+                self._call_began_s = None
 
     def _take(self) -> list[_Pending[Item, Result]] | None:
         """Blocks for the next batch; None once closed and empty."""
@@ -132,6 +159,7 @@ class MicroBatcher(Generic[Item, Result]):
         return group[: self._max_rows]
 
     def _execute(self, batch: Sequence[_Pending[Item, Result]]) -> None:
+        self._call_began_s = time.monotonic()
         try:
             results = self._run([pending.item for pending in batch])
             self.calls += 1

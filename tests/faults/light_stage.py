@@ -96,6 +96,9 @@ class LightStage:
     def warm_up(self) -> None:
         pass
 
+    async def watch(self, *, hung_after_s: float) -> None:
+        await asyncio.Event().wait()
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -44,7 +44,8 @@ HASTE_S = 2.0
 """A deadline that an idle deployment keeps and a loaded one cannot."""
 JOB_KEEP_S = 120.0
 """In the soak, so that as many jobs go as come."""
-MOST_KILLS = 120
+MOST_KILLS = 40
+"""What dies again and again is started ever later, so more would show the supervisor's patience."""
 STORM_S = 0.5
 """Between two kills: a worker takes about two seconds to come back, and three deliveries are an image's last."""
 

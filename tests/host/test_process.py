@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,44 +15,67 @@ from streamflow.config import StageSettings
 from streamflow.errors import StreamFlowError, UnavailableError
 from streamflow.families import describe
 from streamflow.host import process
-from streamflow.host.process import StageService, run_stage
+from streamflow.host.control import ControlServicer
+from streamflow.host.process import StageService, run_stage, serve
+from streamflow.rpc.server import Service
+from streamflow.transport.memory import MemoryTransport
+from streamflow.transport.worker import EntryContext, Outcome
 from streamflow.types import Stage
+from streamflow.v1 import denoiser_pb2_grpc
 from tests.faults.light_stage import LightStage
 
 
-class Ending:
-    """A handler whose background task ends with an error, as the denoiser's does when its engine has ended."""
+class Ending(LightStage):
+    """A stage that ends with an error, as the denoiser does when its engine has ended."""
 
-    def __init__(self, error: Exception) -> None:
-        self.error = error
+    def __init__(self, shapes: Path, error: Exception) -> None:
+        super().__init__(describe(shapes), 1)
+        self.error, self.hung_after_s = error, inf
 
-    async def watch(self) -> None:
+    async def watch(self, *, hung_after_s: float) -> None:
+        self.hung_after_s = hung_after_s
         raise self.error
 
 
-async def serve(service: StageService[Any, Any], stage: Any, settings: Any, *, transport: Any, device: str) -> None:
+async def serve_without_server(
+    service: StageService[Any, Any], stage: Any, settings: StageSettings, *, transport: Any, device: str
+) -> None:
     """As `process.serve` does it, without server and worker."""
-    handler = service.handler(stage, transport, settings)
-    assert service.background is not None
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(service.background(handler, None), name="background")  # type: ignore[arg-type]
+        tasks.create_task(stage.watch(hung_after_s=settings.progress_timeout_s), name="background")
         await asyncio.Event().wait()
 
 
-def run(shapes: Path, error: Exception) -> None:
-    service: StageService[Any, Any] = StageService(
+class Idle:
+    """A handler that nothing is given to."""
+
+    counters: Mapping[str, int] = {}
+
+    async def __call__(self, context: EntryContext) -> Outcome:
+        raise AssertionError(context.entry)
+
+
+def ending_service(shapes: Path, error: Exception) -> StageService[Any, Any]:
+    class Servicer(ControlServicer, denoiser_pb2_grpc.DenoiserServicer):
+        """Its status alone."""
+
+    return StageService(
         Stage.DENOISE,
-        load=lambda settings: LightStage(describe(settings.model), 1),
-        handler=lambda stage, transport, settings: Ending(error),  # type: ignore[arg-type, return-value]
-        servicer=lambda stage, control: None,  # type: ignore[arg-type, return-value]
-        background=lambda handler, worker: handler.watch(),
+        load=lambda settings: Ending(shapes, error),
+        handler=lambda stage, transport, settings: Idle(),
+        servicer=lambda stage, control: Service(
+            "streamflow.v1.Denoiser", denoiser_pb2_grpc.add_DenoiserServicer_to_server, Servicer(control)
+        ),
     )
-    run_stage(service, StageSettings(model=str(shapes)))
+
+
+def run(shapes: Path, error: Exception) -> None:
+    run_stage(ending_service(shapes, error), StageSettings(model=shapes))
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "serve", serve)
+    monkeypatch.setattr(process, "serve", serve_without_server)
     monkeypatch.setattr(process, "configure_logging", lambda **_: None)
     # Of this process, for all tests that follow.
     monkeypatch.setattr("streamflow.backends.runtime.set_threads", lambda *_, **__: 1)
@@ -78,3 +103,14 @@ def test_a_bug_keeps_its_traceback(shapes: Path) -> None:
     with pytest.raises(ExceptionGroup) as raised:
         run(shapes, ArithmeticError("a bug"))
     assert raised.group_contains(ArithmeticError)
+
+
+async def test_a_stage_that_can_do_no_more_ends_its_server(shapes: Path) -> None:
+    """Before what waits in it is handed back at the progress time-out."""
+    service = ending_service(shapes, UnavailableError("the engine has ended"))
+    settings = StageSettings(model=shapes, progress_timeout_s=10)
+    stage = service.load(settings)
+    with pytest.raises(ExceptionGroup) as raised:
+        await serve(service, stage, settings, transport=MemoryTransport(), device="none")
+    assert raised.group_contains(UnavailableError, match="the engine has ended")
+    assert 1 < stage.hung_after_s < settings.progress_timeout_s

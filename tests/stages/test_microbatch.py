@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from streamflow.errors import UnavailableError
 from streamflow.stages.microbatch import MicroBatcher
 
 LONG_S = 60.0
@@ -129,6 +130,23 @@ async def test_a_busy_key_does_not_starve_another() -> None:
         await until_waiting(batcher, 4)
         record.gate.set()
     assert record.calls == [[1], [2], [91], [3], [4]]
+
+
+async def test_a_call_that_hangs_is_told_and_leaves_its_thread_behind() -> None:
+    record = Recorder()
+    async with MicroBatcher(record, key=tens, max_rows=1, max_wait_s=0, name="decoder") as batcher:
+        watch = asyncio.create_task(batcher.watch(hung_after_s=0.2))
+        assert await batcher.submit(1) == 2
+        await asyncio.sleep(0.5)
+        assert not watch.done(), "an idle thread does not hang"
+        record.gate.clear()
+        hung = asyncio.create_task(batcher.submit(2))
+        with pytest.raises(UnavailableError, match=r"decoder's network call has not ended after 0\.2 s"):
+            await watch
+    # Leaving did not wait for the thread.
+    assert not hung.done()
+    record.gate.set()
+    assert await hung == 4
 
 
 def test_no_rows_is_refused() -> None:
