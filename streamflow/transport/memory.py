@@ -30,7 +30,7 @@ from streamflow.transport.base import (
     QueuePosition,
 )
 from streamflow.transport.events import Mailboxes, follow
-from streamflow.transport.memory_jobs import WAITING, Job, State, StreamEntry
+from streamflow.transport.memory_jobs import WAITING, Job, State
 from streamflow.transport.policy import Policy
 from streamflow.transport.refusals import busy, too_late
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
@@ -59,8 +59,6 @@ class MemoryTransport:
         self._kept: dict[str, tuple[bytes, float]] = {}
         self._previews: deque[PreviewTask] = deque(maxlen=self._policy.max_previews)
         self._reaped_at_s, self._watch_grace_until_s = clock(), 0.0
-        # Which worker empties its hands for a last attempt, and until when it is believed.
-        self._cleared: dict[Stage, tuple[str, float]] = {}
 
     def __repr__(self) -> str:
         return f"MemoryTransport({len(self._state.jobs)} jobs, {self._state.under_way()} images under way)"
@@ -183,7 +181,7 @@ class MemoryTransport:
     async def read(self, stage: Stage, worker_id: str, count: int, *, block_s: float = 1.0) -> list[Entry]:
         if count < 1:
             raise ValueError(f"count: got {count}; allowed: 1 or more")
-        taken = self._take(stage, worker_id, count)
+        taken = self._state.take(stage, worker_id, count)
         if taken or block_s <= 0:
             return taken
         try:
@@ -191,7 +189,7 @@ class MemoryTransport:
                 while not taken:
                     self._changed.clear()
                     await self._changed.wait()
-                    taken = self._take(stage, worker_id, count)
+                    taken = self._state.take(stage, worker_id, count)
         except TimeoutError:
             return []
         return taken
@@ -370,54 +368,6 @@ class MemoryTransport:
     def _busy(self, why: str) -> BusyError:
         queue_s = self._state.estimate_s(self._state.work_before(len(self._state.waiting)), 0.0, 1) or 0.0
         return busy(why, retry_after_s=_retry_s(queue_s))
-
-    def _take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
-        """See take.lua."""
-        self._state.release()
-        most = self._policy.max_deliveries
-        held = [entry.deliveries for entry in self._state.streams[stage].values() if entry.owner == worker_id]
-        suspects, alone = max(held, default=0) > 1, max(held, default=0) >= most
-        taken: list[Entry] = []
-        waits = False
-        for entry in self._state.claimable(stage, worker_id):
-            failures = entry.deliveries
-            last = 0 < failures >= most - 1
-            if failures >= most:
-                self._state.give_up(entry, stage)
-            elif last and (held or taken):
-                waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
-            elif len(taken) < count and not alone and (failures or not suspects):
-                taken.append(self._deliver(entry, stage, worker_id))
-                suspects, alone = suspects or failures > 0, last
-                if last:
-                    self._cleared.pop(stage, None)
-        if suspects or waits:
-            return taken
-        fresh = [entry for entry in self._state.streams[stage].values() if entry.owner is None]
-        return taken + [self._deliver(entry, stage, worker_id) for entry in fresh[: count - len(taken)]]
-
-    def _clears_its_hands(self, stage: Stage, worker_id: str) -> bool:
-        who, until_s = self._cleared.get(stage, (worker_id, 0.0))
-        if who != worker_id and until_s > self._clock():
-            return False
-        self._cleared[stage] = worker_id, self._clock() + self._policy.lease_s
-        return True
-
-    def _deliver(self, entry: StreamEntry, stage: Stage, worker_id: str) -> Entry:
-        now_s, job = self._clock(), self._state.jobs[entry.ref.job_id]
-        entry.owner, entry.delivered_at_s = worker_id, now_s
-        entry.deliveries += 1
-        return Entry(
-            id=entry.id,
-            stage=stage,
-            ref=entry.ref,
-            payload=entry.payload,
-            attempt=entry.deliveries,
-            enqueued_at_s=entry.enqueued_at_s,
-            deadline_at_s=job.deadline_at_s,
-            remaining_s=job.deadline_at_s - now_s,
-            traceparent=job.new.traceparent,
-        )
 
     def _keep(self, name: str, data: bytes, keep_s: float) -> None:
         _, until_s = self._kept.get(name, (b"", 0.0))

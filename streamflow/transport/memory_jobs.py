@@ -9,9 +9,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from math import frexp, inf
 
 from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, NewJob, Payload
+from streamflow.transport.estimates import Measured, Sums, class_of
 from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
@@ -78,77 +78,6 @@ class StreamEntry:
     deliveries: int = 0
 
 
-@dataclass(slots=True)
-class Sums:
-    """Of images that were under way among about as many others; each counts less with every one that follows.
-
-    Attributes:
-        n, w, t, ww, wt, x: 1, work, time, products, and how many were under way.
-        at_s: when the last one ended.
-    """
-
-    n: float = 0.0
-    w: float = 0.0
-    t: float = 0.0
-    ww: float = 0.0
-    wt: float = 0.0
-    x: float = 0.0
-    at_s: float = -inf
-
-    def add(self, work: float, time_s: float, load: float, *, memory: float) -> None:
-        terms = {"n": 1.0, "w": work, "t": time_s, "ww": work * work, "wt": work * time_s, "x": load}
-        for name, term in terms.items():
-            setattr(self, name, memory * getattr(self, name) + term)
-
-    def image_s(self, work: float) -> float:
-        """On a line through the measured images; through the origin where they were all alike."""
-        mean_w, mean_t = self.w / self.n, self.t / self.n
-        variance, covariance = self.ww / self.n - mean_w**2, self.wt / self.n - mean_w * mean_t
-        alike = variance <= 0.01 * mean_w**2 or covariance <= 0
-        return max(0.0, mean_t + (mean_t / mean_w if alike else covariance / variance) * (work - mean_w))
-
-
-@dataclass(slots=True)
-class Measured:
-    """What estimates are made of; see common.lua.
-
-    Attributes:
-        classes: by the binary logarithm of how many images were under way.
-        busy, done: slot-seconds, and the work that they took, while every slot was in use.
-        last_done_s: end of the last image, or of the last time that nothing was under way.
-        full_since_s: when the last free slot was taken.
-    """
-
-    memory: float
-    classes: dict[int, Sums] = field(default_factory=dict)
-    busy: float = 0.0
-    done: float = 0.0
-    last_done_s: float = 0.0
-    full_since_s: float = 0.0
-
-    def add_busy(self, work: float, slot_seconds: float) -> None:
-        self.busy, self.done = self.memory * self.busy + slot_seconds, self.memory * self.done + work
-
-    def slot_seconds(self, work: float) -> float:
-        return work * self.busy / self.done if self.done else 0.0
-
-    def image_s(self, work: float, load: float) -> tuple[float | None, float]:
-        """How long an image is under way among `load`, or the least that it can be; and when that was measured."""
-        own = class_of(load)
-        if own in self.classes:
-            return self.classes[own].image_s(work), self.classes[own].at_s
-        least = [
-            sums.image_s(work) * (1.0 if number < own else load * sums.n / sums.x)
-            for number, sums in self.classes.items()
-        ]
-        return max(least, default=None), max((sums.at_s for sums in self.classes.values()), default=-inf)
-
-
-def class_of(load: float) -> int:
-    """The class of images that are under way among so many: 1, 2 or 3, 4 to 7 ... of them."""
-    return frexp(max(1.0, load))[1] - 1
-
-
 class State:
     """Everything a deployment knows.
 
@@ -172,6 +101,8 @@ class State:
         self.measured = Measured(policy.memory)
         self.clocks: defaultdict[str, float] = defaultdict(float)
         self.paced: defaultdict[str, float] = defaultdict(float)
+        # Which worker empties its hands for a last attempt, and until when it is believed.
+        self._cleared: dict[Stage, tuple[str, float]] = {}
         self._entry_ids = itertools.count(1)
 
     def queue(self) -> list[ImageRef]:
@@ -284,7 +215,7 @@ class State:
             self.wake(ref.job_id)
             self.release()
 
-    def give_up(self, entry: StreamEntry, stage: Stage) -> None:
+    def _give_up(self, entry: StreamEntry, stage: Stage) -> None:
         message = f"the {stage.service} did not finish this image in {entry.deliveries} attempts"
         new, number = self.jobs[entry.ref.job_id].new, next(self._entry_ids)
         letter = DeadLetter(
@@ -293,7 +224,32 @@ class State:
         self.dead = [*self.dead, letter][-self.policy.max_dead :]
         self.finish_image(entry.ref, Failure("INTERNAL", message, stage.service))
 
-    def claimable(self, stage: Stage, worker_id: str) -> Iterator[StreamEntry]:
+    def take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
+        """Up to `count` entries for a worker; see take.lua."""
+        self.release()
+        most = self.policy.max_deliveries
+        held = [entry.deliveries for entry in self.streams[stage].values() if entry.owner == worker_id]
+        suspects, alone = max(held, default=0) > 1, max(held, default=0) >= most
+        taken: list[Entry] = []
+        waits = False
+        for entry in self._claimable(stage, worker_id):
+            failures = entry.deliveries
+            last = 0 < failures >= most - 1
+            if failures >= most:
+                self._give_up(entry, stage)
+            elif last and (held or taken):
+                waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
+            elif len(taken) < count and not alone and (failures or not suspects):
+                taken.append(self._deliver(entry, stage, worker_id))
+                suspects, alone = suspects or failures > 0, last
+                if last:
+                    self._cleared.pop(stage, None)
+        if suspects or waits:
+            return taken
+        fresh = [entry for entry in self.streams[stage].values() if entry.owner is None]
+        return taken + [self._deliver(entry, stage, worker_id) for entry in fresh[: count - len(taken)]]
+
+    def _claimable(self, stage: Stage, worker_id: str) -> Iterator[StreamEntry]:
         """Entries that were delivered, and that nobody beat for a lease."""
         lapsed_s = self.clock() - self.policy.lease_s
         for entry in list(self.streams[stage].values()):
@@ -301,6 +257,30 @@ class State:
             still_there = entry.id in self.streams[stage]
             if still_there and entry.owner not in (None, worker_id) and entry.delivered_at_s <= lapsed_s:
                 yield entry
+
+    def _clears_its_hands(self, stage: Stage, worker_id: str) -> bool:
+        """Whether this is the worker, one of a stage at a time, that takes nothing more until it holds nothing."""
+        who, until_s = self._cleared.get(stage, (worker_id, 0.0))
+        if who != worker_id and until_s > self.clock():
+            return False
+        self._cleared[stage] = worker_id, self.clock() + self.policy.lease_s
+        return True
+
+    def _deliver(self, entry: StreamEntry, stage: Stage, worker_id: str) -> Entry:
+        now_s, job = self.clock(), self.jobs[entry.ref.job_id]
+        entry.owner, entry.delivered_at_s = worker_id, now_s
+        entry.deliveries += 1
+        return Entry(
+            id=entry.id,
+            stage=stage,
+            ref=entry.ref,
+            payload=entry.payload,
+            attempt=entry.deliveries,
+            enqueued_at_s=entry.enqueued_at_s,
+            deadline_at_s=job.deadline_at_s,
+            remaining_s=job.deadline_at_s - now_s,
+            traceparent=job.new.traceparent,
+        )
 
     def measure(self, job: Job, index: int, *, is_done: bool) -> None:
         """Counts an image that is under way; what did not end says only that it takes longer."""
