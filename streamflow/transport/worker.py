@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
+from streamflow.transport.backoff import Backoff
 from streamflow.transport.base import Entry, Payload, Transport
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
@@ -115,20 +115,6 @@ class _OutOfTimeError(Exception):
 
 
 Handler = Callable[[EntryContext], Awaitable[Outcome]]
-
-
-class Backoff:
-    """Longer and longer pauses while something fails; none after a success."""
-
-    def __init__(self, *, base_s: float = 0.1, cap_s: float = 5.0) -> None:
-        self._base_s, self._cap_s = base_s, cap_s
-        self.failures = 0
-
-    def next_s(self) -> float:
-        if not self.failures:
-            return 0.0
-        # Jitter, so that workers which failed together do not return together.
-        return min(self._cap_s, self._base_s * 2.0 ** min(self.failures - 1, 16)) * random.uniform(0.5, 1.0)
 
 
 class StageWorker:
@@ -252,14 +238,14 @@ class StageWorker:
                     await self._hand_back(entries)
                     return
             except _TRANSIENT as error:
-                self._read_backoff.failures += 1
+                self._read_backoff.failed()
                 log.warning("%s: nothing can be read: %s", self._stage.service, error)
             except Exception:
                 # What others wrote into the store must not end the stage.
-                self._read_backoff.failures += 1
+                self._read_backoff.failed()
                 log.exception("%s: what was read cannot be used", self._stage.service)
             else:
-                self._read_backoff.failures = 0
+                self._read_backoff.succeeded()
                 for entry in entries:
                     self._start(tasks, entry)
 
@@ -312,14 +298,14 @@ class StageWorker:
         backoff = Backoff()
         if isinstance(outcome, _HandBack):
             # Else this worker would take it again at once, and what fails for a moment fails every attempt.
-            self._work_backoff.failures += 1
+            self._work_backoff.failed()
         while True:
             try:
                 await self._store(entry, outcome)
                 return
             except _TRANSIENT as error:
                 log.warning("%s: the outcome of %s waits: %s", self._stage.service, entry.ref, error)
-                backoff.failures += 1
+                backoff.failed()
                 await asyncio.sleep(backoff.next_s())
 
     async def _store(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> None:
@@ -337,7 +323,7 @@ class StageWorker:
             case _HandBack(count_attempt):
                 await self._hand_back([entry], count_attempt=count_attempt)
                 return
-        self._work_backoff.failures = 0
+        self._work_backoff.succeeded()
         self.counters["ended_total" if in_time else "late_total"] += 1
 
     async def _hand_back(self, entries: Sequence[Entry] | None, *, count_attempt: bool = False) -> None:
@@ -358,13 +344,13 @@ class StageWorker:
             try:
                 async with self._transport.ended_jobs() as ended:
                     async for job_id in ended:
-                        backoff.failures = 0
+                        backoff.succeeded()
                         held = {key: held for key, held in self._in_hand.items() if held[0].entry.ref.job_id == job_id}
                         await self._beat(held)
             except _TRANSIENT as error:
                 # The regular beats find out as well, only later.
                 log.debug("%s: not told of ended jobs: %s", self._stage.service, error)
-                backoff.failures += 1
+                backoff.failed()
                 await asyncio.sleep(backoff.next_s())
 
     async def _beat(self, held: Mapping[str, tuple[EntryContext, asyncio.Task[None]]]) -> None:

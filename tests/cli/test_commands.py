@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -218,11 +219,19 @@ def test_errors_are_one_line(deployment: Deployment, arguments: list[str], code:
     assert [path.name for path in Path().iterdir()] == ["file"], "a refused request leaves nothing behind"
 
 
-def test_the_program_exits_likewise() -> None:
-    command = [sys.executable, "-m", "streamflow.cli", "up", "--model", "/nowhere"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["--model", "/nowhere"], {}, "streamflow: model: got '/nowhere'"),
+        ([], {"STREAMFLOW_LEASE_S": "soon"}, "streamflow up: lease_s: got 'soon'"),
+        ([], {"STREAMFLOW_MAX_JOBS": "0"}, "streamflow up: max_jobs: got '0'"),
+    ],
+)
+def test_the_program_exits_likewise(arguments: list[str], environment: dict[str, str], says: str) -> None:
+    command = [sys.executable, "-m", "streamflow.cli", "up", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, **environment})
     assert answer.returncode == 2
-    assert answer.stderr.startswith("streamflow: model: got '/nowhere'")
+    assert answer.stderr.startswith(says)
     assert answer.stderr.count("\n") == 1
 
 

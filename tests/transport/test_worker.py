@@ -15,7 +15,7 @@ import pytest
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
 from streamflow.transport.base import Entry, Heartbeat, ImageRef, NewJob, Transport
 from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
-from streamflow.transport.worker import Advance, Backoff, EntryContext, Finish, Outcome, StageWorker
+from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome, StageWorker
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 from tests.transport.worlds import FAST, World, redis_binary
 
@@ -488,14 +488,6 @@ async def test_a_place_that_is_lent_is_not_filled_from_the_stream(world, eventua
         await eventually(hold.has(2))
         hold.let_go.set()
         assert (await eventually(ended(transport))).state is JobState.IMAGES
-
-
-def test_pauses_grow_to_a_limit():
-    backoff = Backoff(base_s=0.1, cap_s=5)
-    assert backoff.next_s() == 0
-    for failures, most_s in ((1, 0.1), (2, 0.2), (3, 0.4), (10, 5), (10_000, 5)):
-        backoff.failures = failures
-        assert most_s / 2 <= backoff.next_s() <= most_s
 
 
 def test_a_worker_without_room_is_a_mistake(transport):
