@@ -10,15 +10,13 @@ import pytest
 import redis as redis_py
 
 from streamflow.errors import BusyError, NotFoundError, UnavailableError
-from streamflow.transport.base import ImageRef, NewJob, PreviewTask
+from streamflow.transport.base import ImageRef, PreviewTask
 from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.keys import Keys
 from streamflow.transport.redis_client import redis_errors
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Stage, WorkerInfo
-from tests.transport.worlds import FAST, World, redis_binary
-
-ENCODE, DENOISE, DECODE = Stage.ENCODE, Stage.DENOISE, Stage.DECODE
+from tests.transport.worlds import DENOISE, ENCODE, FAST, World, new_job, redis_binary, run_through, take
 
 
 @pytest.fixture
@@ -34,24 +32,6 @@ async def own_world(request: pytest.FixtureRequest, deployment: str) -> AsyncIte
         world = World(deployment, server)
         yield world
         await world.close()
-
-
-def new_job(job_id: str = "a", **fields) -> NewJob:
-    return NewJob(**{"id": job_id, "digest": job_id, "spec": b"spec", "num_images": 1, **fields})
-
-
-async def take(transport, stage, worker_id="w", count=1):
-    return await transport.read(stage, worker_id, count, block_s=0)
-
-
-async def run_through(transport, count: int) -> None:
-    """Every image that is there or is released meanwhile, through all stages."""
-    for _ in range(count):
-        for stage, to in ((ENCODE, DENOISE), (DENOISE, DECODE)):
-            [entry] = await take(transport, stage)
-            assert await transport.advance(entry, to, {"latents": b"x" * 1000})
-        [entry] = await take(transport, DECODE)
-        assert await transport.finish(entry, b"picture")
 
 
 async def test_every_key_is_on_one_shard(redis_world, raw, deployment):

@@ -13,19 +13,14 @@ from dataclasses import replace
 import pytest
 
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
-from streamflow.transport.base import Entry, Heartbeat, ImageRef, NewJob, Transport
+from streamflow.transport.base import Entry, Heartbeat, ImageRef, Transport
 from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
 from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome, StageWorker
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
-from tests.transport.worlds import FAST, World, redis_binary
+from tests.transport.worlds import FAST, QUIET, World, new_job, redis_binary
 
-QUIET = {"waiting": 0, "encode": 0, "denoise": 0, "decode": 0}
 # Beats come every quarter of it; a busy machine must not take a live worker for a dead one.
 STEADY = replace(FAST, lease_s=1.5)
-
-
-def new_job(job_id: str = "a", **fields) -> NewJob:
-    return NewJob(**{"id": job_id, "digest": job_id, "spec": b"spec", "num_images": 1, **fields})
 
 
 def make_worker(transport: Transport, handle, *, stage=Stage.ENCODE, worker_id="w", **settings) -> StageWorker:

@@ -15,6 +15,8 @@ from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Stage, WorkerInfo
 
 ENCODE, DENOISE, DECODE = Stage.ENCODE, Stage.DENOISE, Stage.DECODE
+QUIET = {"waiting": 0, "encode": 0, "denoise": 0, "decode": 0}
+"""The backlog while there is nothing to do."""
 FAST = Policy(lease_s=0.5, watch_grace_s=0.5, reap_gap_s=60.0, retry_s=0.0)
 
 
@@ -58,3 +60,13 @@ class World:
     async def close(self) -> None:
         for transport in self._opened:
             await transport.close()
+
+
+async def run_through(transport: Transport, count: int = 1, *, result: bytes = b"picture") -> None:
+    """Images that are there or are released meanwhile, one by one through all three stages."""
+    for _ in range(count):
+        for stage, to in ((ENCODE, DENOISE), (DENOISE, DECODE)):
+            [entry] = await take(transport, stage)
+            assert await transport.advance(entry, to, {"latents": b"x" * 1000})
+        [entry] = await take(transport, DECODE)
+        assert await transport.finish(entry, result)
