@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -62,7 +62,10 @@ class StageSettings(Settings):
     slots: int = Field(0, ge=0, le=1024, description="Images that it holds at once; 0 = the stage's default")
     max_wait_ms: float = Field(4.0, ge=0, description="How long a batch waits for more work (encoder, decoder)")
     progress_timeout_s: float = Field(
-        120.0, gt=0, description="An image on which a network makes no progress for so long gets another attempt"
+        120.0,
+        gt=0,
+        description="An image that makes no progress for so long gets another attempt; "
+        "one network call that takes half of it ends the process, which should be started again",
     )
     image_workers: int = Field(1, ge=1, le=64, description="Processes that encode pictures (decoder)")
     prompt_cache_s: float = Field(
@@ -124,9 +127,39 @@ def settings_from(argv: Sequence[str], kind: type[SettingsT], *, program: str) -
     try:
         return kind(_cli_parse_args=list(argv), _cli_prog_name=program, _cli_kebab_case=True)
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, e['loc']))}: got {e['input']!r}; {e['msg']}" for e in error.errors()]
-        print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse([line for _, line in _lines(error)], program)
+
+
+def check_environment(*, but: Collection[str], program: str) -> None:
+    """Checks what the environment says to the processes of a deployment, except for these settings.
+
+    Raises:
+        SystemExit: with 2 and a line for each setting that cannot be used.
+    """
+    lines = dict.fromkeys(
+        line for kind in (GatewaySettings, StageSettings) for name, line in _wrong(kind) if name not in but
+    )
+    if lines:
+        _refuse(lines, program)
+
+
+def _wrong(kind: type[Settings]) -> Iterator[tuple[str, str]]:
+    """The settings that cannot be used, and why."""
+    try:
+        kind()
+    except ValidationError as error:
+        yield from _lines(error)
+
+
+def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
+    for one in error.errors():
+        name = ".".join(map(str, one["loc"]))
+        yield name, f"{name}: got {one['input']!r}; {one['msg']}"
+
+
+def _refuse(lines: Iterable[str], program: str) -> NoReturn:
+    print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def child_environment(settings: Mapping[str, object]) -> dict[str, str]:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import random
 import socket
+from collections import deque
 from contextlib import ExitStack
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 
 _RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LEAST_PORT, _SPAN = 1024, 12_000
+_USUAL, _LEAST_PORT, _FEW = range(20_768, 32_768), 1024, 1000
 _TRIES = 64
+# Who asked for one may not have bound it yet.
+_given: deque[int] = deque(maxlen=256)
 # Its own: whoever seeds the common one would get the ports of others who did.
 _RANDOM = random.SystemRandom()
 
@@ -42,20 +45,24 @@ def local_addresses(host: str) -> list[str]:
 
 
 def free_port(host: str = LOOPBACK) -> int:
-    """A port that is free on every address of `host`, and that the system gives to nobody by itself.
+    """A port that is free on every address of `host`, and that was not given before by this function.
 
-    One that it chose could be taken by any outgoing connection before a server binds it.
+    It is below those that the system chooses from, where that leaves any: a port that it chose could be taken by an
+    outgoing connection before a server binds it.
 
     Raises:
         OSError: `host` has no address here, or none of some ports was free on all of them.
     """
-    addresses, first = local_addresses(host), _first_ephemeral()
+    addresses, ports = local_addresses(host), _ports()
     for _ in range(_TRIES):
-        port = _RANDOM.randrange(first - _SPAN, first)
+        port = _RANDOM.choice(ports)
+        if port in _given:
+            continue
         try:
             _require_free(addresses, port)
         except OSError:
             continue
+        _given.append(port)
         return port
     raise OSError(errno.EADDRINUSE, f"no port is free on all of {', '.join(addresses)}")
 
@@ -73,13 +80,14 @@ def join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
-def _first_ephemeral() -> int:
-    """Where the ports begin that the system chooses from: it says so, or it has Linux's usual ones."""
+def _ports() -> range:
+    """Those below where the system's begin; it says so, or has Linux's usual ones."""
     try:
         first = int(_RANGE.read_text("ascii").split()[0])
     except (OSError, ValueError, IndexError):
-        first = 32768
-    return max(first, _LEAST_PORT + _SPAN)
+        first = _USUAL.stop
+    below = range(max(_LEAST_PORT, first - len(_USUAL)), first)
+    return below if len(below) > _FEW else _USUAL
 
 
 def _require_free(addresses: list[str], port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -35,17 +36,35 @@ def test_a_port_that_another_process_holds_on_one_address_is_not_free(two_addres
 def test_a_free_port_is_free_on_every_address(
     two_addresses: str, stranger: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = range(20_000, 20_050)
-    tried = iter([stranger, *others])
-    monkeypatch.setattr(ports._RANDOM, "randrange", lambda *_: next(tried))
+    tried = iter([stranger, *(others := range(20_000, 20_050))])
+    monkeypatch.setattr(ports._RANDOM, "choice", lambda _: next(tried))
     assert ports.local_addresses(two_addresses) == ["127.0.0.1", "127.0.0.2"]
     assert ports.free_port(two_addresses) in others
 
 
-def test_a_free_port_is_none_that_the_system_gives_to_connections() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        given = server.getsockname()[1]
-    assert ports.free_port() < ports._first_ephemeral() <= given
+def test_a_port_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ports, "_ports", lambda: range(20_050, 20_060))
+    given = [ports.free_port() for _ in range(3)]
+    assert len(set(given)) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("32768\t60999\n", range(20_768, 32_768)),
+        ("10000 65535", range(1024, 10_000)),
+        ("1024 65535", range(20_768, 32_768)),
+        ("", range(20_768, 32_768)),
+    ],
+)
+def test_a_free_port_is_none_that_the_system_gives_to_connections(
+    said: str, expected: range, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "range"
+    file.write_text(said)
+    monkeypatch.setattr(ports, "_RANGE", file)
+    assert ports._ports() == expected
+    assert ports.free_port() in expected
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])

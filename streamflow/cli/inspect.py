@@ -95,6 +95,9 @@ def jobs(
         print_json([asdict(job) for job in found])
     else:
         print_out(_job_table(found))
+        for job in found:
+            if job.failure is not None:
+                typer.echo(f"{job.request_id}: {job.failure.message}")
 
 
 def cancel(
@@ -150,21 +153,16 @@ def _status_table(status: Status) -> Table:
 
 def _job_table(found: Sequence[Job]) -> Table:
     """As much as fits beside an id on 80 columns; --json has it all."""
-    columns = ["id", "state", "images", "admitted"]
     rows = [
-        [
+        (
             job.request_id,
             job.state,
             f"{job.num_finished} / {job.num_images}",
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.admitted_at_s)),
-        ]
+        )
         for job in found
     ]
-    if any(job.failure for job in found):
-        columns.append("failure")
-        for job, row in zip(found, rows, strict=True):
-            row.append(job.failure.message if job.failure else "")
-    return table(*columns, rows=rows)
+    return table("id", "state", "images", "admitted", rows=rows)
 
 
 _ORDER = {"encoder": 0, "denoiser": 1, "decoder": 2}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from streamflow.cli.outputs import choose_names, write
+from streamflow.cli.outputs import choose_names
 from streamflow.errors import StreamFlowError
 
 if TYPE_CHECKING:
@@ -98,11 +98,12 @@ def make(
 ) -> None:
     """Asks for the pictures with a progress bar, writes them and says where; leaving early cancels the job."""
     from streamflow.cli.progress import show_progress
+    from streamflow.client.result import write_files
 
     paths = choose_names(output, options, count=len(prompts) * options["num_images"], overwrite=overwrite)
     with connect() as client, show_progress(paths) as on_event, _cancelled_when_left(client, options):
         result = client.generate(prompts, on_event=on_event, **options)
-    write(result.files, paths)
+    write_files(result.files, paths)
     for warning in result.warnings:
         typer.echo(f"warning: {warning.message}", err=True)
     if as_json:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING
 
 import typer
@@ -34,7 +36,7 @@ def choose_names(output: str, options: GenerateOptions, *, count: int, overwrite
     suffix = suffix_of(image_format(options["format"]))
     try:
         paths = output_paths(output, request_id=request_id, seeds=range(first, first + max(count, 1)), suffix=suffix)
-        _try_out(paths)
+        _check_writable(paths)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--output") from None
     except OSError as error:
@@ -45,24 +47,20 @@ def choose_names(output: str, options: GenerateOptions, *, count: int, overwrite
     return paths
 
 
-def write(files: Sequence[bytes], paths: Sequence[Path]) -> None:
-    """Raises OSError."""
-    for path, data in zip(paths, files, strict=True):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-
-
-def _try_out(paths: Sequence[Path]) -> None:
-    """Raises OSError where a file could not be written; leaves nothing behind."""
-    with ExitStack() as undo:
-        for path in paths:
-            for folder in reversed([above for above in path.parents if not above.exists()]):
-                folder.mkdir()
-                undo.callback(folder.rmdir)
-            if path.exists() and not path.is_file():
-                # A pipe, say: opening it may wait, or be heard at its other end.
-                continue
-            new = not path.exists()
-            path.open("ab").close()
-            if new:
-                undo.callback(path.unlink)
+def _check_writable(paths: Sequence[Path]) -> None:
+    """Raises OSError, with the file's name, where one could not be written; makes nothing that could be seen."""
+    tried = set[Path]()
+    for path in paths:
+        try:
+            folder = next(above for above in path.parents if above.exists())
+            if folder not in tried:
+                with TemporaryFile(dir=folder):
+                    tried.add(folder)
+            # Its folder may not be there yet, and then nobody else says that a name is too long.
+            (folder / path.name).exists()
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None

@@ -10,20 +10,24 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+# The ids that clients make have 32 characters; longer ones would leave no room on 80 columns.
+_WHOLE = 36
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")]
 
 
 def table(*columns: str, rows: Iterable[Sequence[object]], lines: bool = False) -> Table:
     """Cells are texts of rich, or anything else as `str` gives it; `lines` are drawn between rows.
 
-    The first column keeps its lines whole, however narrow the terminal is: what stands there is copied.
+    The first column is folded last: ids stand there, which are copied.
     """
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(show_lines=lines)
+    made, rows = Table(show_lines=lines), list(rows)
+    whole = all(len(str(row[0])) <= _WHOLE for row in rows)
     for number, column in enumerate(columns):
-        made.add_column(column, overflow="fold", no_wrap=number == 0)
+        made.add_column(column, overflow="fold", no_wrap=whole and number == 0)
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     return made

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from streamflow.cli.supervisor import LocalDeployment
 
 
+_OWN = frozenset({"host", "port", "redis_url", "model", "log_format", "drain_grace_s"})
+"""Settings that this command gives to its processes, whatever the environment says."""
+
+
 def up(
     model: Annotated[
         Path | None, typer.Option(help="Checkpoint folder in diffusers layout; by default the built-in model.")
@@ -43,11 +47,11 @@ def up(
     import asyncio
 
     from streamflow.cli.supervisor import LocalDeployment
-    from streamflow.config import GatewaySettings, StageSettings, default_model, settings_from
+    from streamflow.config import check_environment, default_model
 
-    for kind in (GatewaySettings, StageSettings):
-        # What the environment says is told of here, once, rather than by every process.
-        settings_from([], kind, program="streamflow up")
+    given = {"deterministic": deterministic, "threads": threads}
+    # What else the environment says is told of here, once, rather than by every process.
+    check_environment(but=_OWN | {name for name, value in given.items() if value is not None}, program="streamflow up")
     deployment = LocalDeployment(
         model=model or default_model(),
         host=host,

@@ -55,9 +55,7 @@ class Result:
         seeds = [info.seed for info in self.infos]
         suffix = suffix_of(self.infos[0].format)
         paths = output_paths(target, request_id=self.request_id, seeds=seeds, suffix=suffix)
-        for path, data in zip(paths, self.files, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+        write_files(self.files, paths)
         return paths
 
 
@@ -96,6 +94,13 @@ class ResultBuilder:
 def suffix_of(kind: ImageFormat) -> str:
     """The end of a file's name, without the dot."""
     return _SUFFIXES.get(kind, kind.value)
+
+
+def write_files(files: Sequence[bytes], paths: Sequence[Path]) -> None:
+    """Makes the folders that are missing, and replaces what is there. Raises OSError."""
+    for path, data in zip(paths, files, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 def output_paths(target: str | Path, *, request_id: str, seeds: Sequence[int], suffix: str) -> list[Path]:

@@ -26,8 +26,9 @@ from streamflow.transport.worker import StageWorker
 from streamflow.types import Stage
 
 READY_CHECK_S = 1.0
-# Before the worker hands back one by one, at the end of the progress time-out, what waits behind a call that hangs.
-_HUNG_PART = 0.9
+# Of the progress time-out. The rest is for what waited behind other calls before the one that hangs: when that is over
+# the worker hands such entries back, and would take them again.
+_HUNG_PART = 0.5
 
 S = TypeVar("S", bound=HostedStage)
 H = TypeVar("H", bound=StageHandler)

@@ -106,7 +106,7 @@ class DecoderStage:
             await self._pool.__aexit__(*exc_info)
 
     def close(self) -> None:
-        """Finishes what waits and ends the stage's thread; blocks until then, unless that hangs."""
+        """Finishes what waits and ends the stage's thread; blocks until then, for some seconds at most."""
         self._batcher.close()
 
     async def watch(self, *, hung_after_s: float = inf) -> None:

@@ -113,7 +113,7 @@ class EncoderStage:
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
-        """Finishes what waits and ends the stage's thread; blocks until then, unless that hangs."""
+        """Finishes what waits and ends the stage's thread; blocks until then, for some seconds at most."""
         self._batcher.close()
 
     async def watch(self, *, hung_after_s: float = inf) -> None:

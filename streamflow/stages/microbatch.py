@@ -17,6 +17,7 @@ from streamflow.errors import UnavailableError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_JOIN_S = 10.0
 _LOOK_S = 1.0
 
 _log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class MicroBatcher(Generic[Item, Result]):
         self._run, self._key, self._max_rows, self._max_wait_s = run, key, max_rows, max_wait_s
         self._groups: dict[Hashable, list[_Pending[Item, Result]]] = {}
         self._changed = threading.Condition()
-        self._closed, self._hangs = False, False
+        self._closed = False
         self._call_began_s: float | None = None
         self.calls, self.rows = 0, 0
         # A daemon: an interpreter that ends without close() must not hang on a network call.
@@ -102,13 +103,13 @@ class MicroBatcher(Generic[Item, Result]):
     def close(self) -> None:
         """Takes no more items, runs those that wait without further delay, and ends the thread.
 
-        Blocks until then; a thread that was found to hang is left behind, and goes with its process.
+        Blocks until then, but not for long: a thread that hangs in a network call goes with its process.
         """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        if self._thread.ident and not self._hangs:
-            self._thread.join()
+        if self._thread.ident:
+            self._thread.join(_JOIN_S)
 
     async def watch(self, *, hung_after_s: float = inf) -> None:
         """Returns never; a process whose thread hangs should end, so that it is started anew.
@@ -119,11 +120,12 @@ class MicroBatcher(Generic[Item, Result]):
         Raises:
             UnavailableError: a call has taken longer.
         """
-        while not self._hangs:
+        hangs = False
+        while not hangs:
             await asyncio.sleep(min(_LOOK_S, hung_after_s / 4))
             # The thread's own; it may be set anew at any time.
             began_s = self._call_began_s
-            self._hangs = began_s is not None and time.monotonic() - began_s > hung_after_s
+            hangs = began_s is not None and time.monotonic() - began_s > hung_after_s
         name = self._thread.name
         raise UnavailableError(f"the {name}'s network call has not ended after {hung_after_s:g} s; restart the {name}")
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import trustme
 
 from streamflow import Client, InvalidRequestError
-from streamflow.client.arguments import check_address
+from streamflow.client.arguments import check_address, check_timeout_s
 
 NOWHERE = "127.0.0.1:1"
 
@@ -35,7 +37,12 @@ def test_addresses_that_grpc_resolves(address: str) -> None:
     [
         ("127.0.0.1:99999", "ports are 1 to 65535"),
         ("127.0.0.1:0", "ports are 1 to 65535"),
-        ("http://gateway:50051", "without a scheme: gateway:50051"),
+        ("http://gateway:50051", "without a scheme"),
+        ("http://[::1:50051", "without a scheme"),
+        ("gateway:" + "9" * 5000, "host:port"),
+        ("a\x00b:1", "host:port"),
+        ("g\udcff:1", "host:port"),
+        ("[]:1", "host:port"),
         ("gateway", "with its port: gateway:50051"),
         ("::1:50051", r"\[::1\]:50051"),
         ("two words:1", "host:port"),
@@ -50,7 +57,12 @@ def test_addresses_that_lead_nowhere(address: Any, says: str) -> None:
     assert refused.value.field == "address"
 
 
-@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "5", True, None])
+def test_times_of_any_kind_of_number() -> None:
+    for seconds in (5, 0.5, np.float32(5), np.int64(5), Fraction(1, 2)):
+        assert check_timeout_s(seconds) == seconds
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 10**400, 8e9, "5", True, None])
 def test_times_that_are_none(seconds: Any) -> None:
     for name in ("timeout_s", "connect_timeout_s"):
         with pytest.raises(InvalidRequestError, match=f"{name}: got"):
@@ -71,7 +83,8 @@ def test_certificates_that_are_none(tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError, match="tls: got"):
             Client(NOWHERE, tls=tls)
     pem = trustme.CA().cert_pem.bytes()
-    assert "TLS" in repr(Client(NOWHERE, tls=pem))
+    for authorities in (pem, "# Főtanúsítvány\n".encode() + pem):
+        assert "TLS" in repr(Client(NOWHERE, tls=authorities))
 
 
 @pytest.mark.parametrize("key", ["one\ntwo", "clé", "tab\t", 5])
@@ -81,11 +94,11 @@ def test_a_key_that_cannot_be_sent_is_not_told(key: Any) -> None:
     assert str(key) not in str(refused.value)
 
 
-def test_ids_are_text() -> None:
-    number: Any = 3
+@pytest.mark.parametrize("given", [3, b"id", "\udcff"])
+def test_ids_are_text(given: Any) -> None:
     with Client(NOWHERE) as client:
         for call in (client.job, client.cancel, client.retry, lambda given: next(client.watch(given))):
-            with pytest.raises(InvalidRequestError, match="got 3; allowed: text"):
-                call(number)
-        with pytest.raises(InvalidRequestError, match="request_id: got 3; allowed: text"):
-            client.generate("a ring", request_id=number)
+            with pytest.raises(InvalidRequestError, match=r"id: got .*; allowed: text"):
+                call(given)
+        with pytest.raises(InvalidRequestError, match=r"request_id: got .*; allowed: text"):
+            client.generate("a ring", request_id=given)

@@ -47,7 +47,7 @@ JOB_KEEP_S = 120.0
 MOST_KILLS = 40
 """What dies again and again is started ever later, so more would show the supervisor's patience."""
 STORM_S = 0.5
-"""Between two kills: a worker takes about two seconds to come back, and three deliveries are an image's last."""
+"""Between two kills, besides what it takes to look whom to spare: three deliveries are an image's last."""
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from streamflow.errors import UnavailableError
+from streamflow.stages import microbatch
 from streamflow.stages.microbatch import MicroBatcher
 
 LONG_S = 60.0
@@ -132,7 +133,8 @@ async def test_a_busy_key_does_not_starve_another() -> None:
     assert record.calls == [[1], [2], [91], [3], [4]]
 
 
-async def test_a_call_that_hangs_is_told_and_leaves_its_thread_behind() -> None:
+async def test_a_call_that_hangs_is_told_and_leaves_its_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbatch, "_JOIN_S", 0.2)
     record = Recorder()
     async with MicroBatcher(record, key=tens, max_rows=1, max_wait_s=0, name="decoder") as batcher:
         watch = asyncio.create_task(batcher.watch(hung_after_s=0.2))
