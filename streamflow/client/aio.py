@@ -158,7 +158,9 @@ class AsyncClient(BaseClient):
         while True:
             try:
                 with self._told_when_closed():
-                    return await method(request, timeout=retry.remaining_s, metadata=self._metadata)
+                    answer = await method(request, timeout=retry.remaining_s, metadata=self._metadata)
+                retry.heard()
+                return answer
             except grpc.aio.AioRpcError as error:
                 delay_s = retry.delay_s(client_error(error), within_s=within_s)
             await asyncio.sleep(delay_s)

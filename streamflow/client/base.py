@@ -14,7 +14,7 @@ from streamflow.client.arguments import (
     root_ca_of,
 )
 from streamflow.client.request import GenerateOptions, build_request
-from streamflow.client.retry import Retry, RetryPolicy
+from streamflow.client.retry import Contact, Retry, RetryPolicy
 from streamflow.client.session import Session
 from streamflow.client.views import Job
 from streamflow.errors import InvalidRequestError
@@ -37,7 +37,8 @@ class BaseClient:
         api_key: sent with every call.
         tls: True trusts the system's authorities; a path or bytes (PEM) name others.
         timeout_s: deadline of a request that sets none of its own.
-        connect_timeout_s: how long a gateway that has never answered is tried.
+        connect_timeout_s: how long a gateway that has never answered this client is tried; one that has, until the
+            call's own deadline.
         max_busy_retries: how often a request that is refused for load is sent again; None = until its deadline.
         max_message_bytes: largest gRPC message, either way: a request with its pictures, an answer in one piece.
             Images come in parts, whatever their size. The gateway has a limit of its own, 32 MiB by default.
@@ -62,12 +63,14 @@ class BaseClient:
         self._target = Target(address, tls=bool(tls), root_ca=root_ca_of(tls), max_message_bytes=limit)
         self._metadata = key_metadata(check_api_key(api_key))
         self._policy = RetryPolicy(address, check_timeout_s(connect_timeout_s, "connect_timeout_s"), max_busy_retries)
+        self._contact = Contact()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}{' with TLS' if self._target.tls else ''}>"
 
     def _retry(self, timeout_s: float | None) -> Retry:
-        return Retry(self._policy, timeout_s=self.timeout_s if timeout_s is None else check_timeout_s(timeout_s))
+        limit_s = self.timeout_s if timeout_s is None else check_timeout_s(timeout_s)
+        return Retry(self._policy, timeout_s=limit_s, contact=self._contact)
 
     def _session(self, prompt: str | Sequence[str], options: GenerateOptions, timeout_s: float | None) -> Session:
         request = build_request(prompt, **options)

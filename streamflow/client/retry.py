@@ -34,10 +34,18 @@ class RetryPolicy:
     max_busy_retries: int | None = None
 
 
+@dataclass(slots=True)
+class Contact:
+    """What all calls of one client know of its server: whether it has ever answered."""
+
+    made: bool = False
+
+
 class Retry:
     """The retries of one call: takes its errors, says how long to wait. It neither sleeps nor calls.
 
     Args:
+        contact: of the client; None = nothing is known yet.
         timeout_s: the call's deadline, from `start`, or from now where that is never called.
         clock: seconds, monotonic.
         jitter: uniform in [0, 1).
@@ -48,13 +56,14 @@ class Retry:
         policy: RetryPolicy,
         *,
         timeout_s: float,
+        contact: Contact | None = None,
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._policy, self._clock, self._jitter = policy, clock, jitter
         self._timeout_s = timeout_s
         self._started_at_s = clock()
-        self._heard = False
+        self._contact = contact or Contact()
         self._answer = ""
         self._failures = 0
         self._refusals = 0
@@ -70,7 +79,7 @@ class Retry:
 
     def heard(self) -> None:
         """The server answered: it is there, and the next failure is a new one."""
-        self._heard, self._answer, self._failures = True, "", 0
+        self._contact.made, self._answer, self._failures = True, "", 0
 
     def delay_s(self, error: StreamFlowError, *, within_s: float = inf) -> float:
         """Seconds to wait before the next call; raises what the user should see where there is none.
@@ -79,6 +88,7 @@ class Retry:
             within_s: no call begins later than this after the first one, however far the deadline is.
         """
         limit_s = min(self._timeout_s, within_s)
+        self._contact.made = self._contact.made or error.answered
         match error:
             case BusyError():
                 self.heard()
@@ -92,11 +102,10 @@ class Retry:
             case UnavailableError() | JobCancelledError():
                 delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
                 self._failures += 1
-                self._heard = self._heard or error.answered
                 self._answer = str(error) if error.answered else ""
-                if self._heard and self._failures == _TOLD_AFTER:
+                if self._contact.made and self._failures == _TOLD_AFTER:
                     _log.warning("%s; trying again until the time is up", self._trouble)
-                patience_s = limit_s if self._heard else min(self._policy.connect_timeout_s, limit_s)
+                patience_s = limit_s if self._contact.made else min(self._policy.connect_timeout_s, limit_s)
                 return self._within_s(patience_s, delay_s, self._unavailable(error))
             case DeadlineError() if error.answered:
                 raise error from None
@@ -124,5 +133,5 @@ class Retry:
     def _unavailable(self, error: StreamFlowError) -> StreamFlowError:
         if error.answered:
             return UnavailableError(f"{self._policy.address}: {error}")
-        trouble = "the connection was lost" if self._heard else "no StreamFlow gateway answers"
+        trouble = "the connection was lost" if self._contact.made else "no StreamFlow gateway answers"
         return UnavailableError(f"{self._policy.address}: {trouble}: {error}")

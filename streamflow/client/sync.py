@@ -148,7 +148,9 @@ class Client(BaseClient):
         while True:
             try:
                 with self._told_when_closed():
-                    return method(request, timeout=retry.remaining_s, metadata=self._metadata)
+                    answer = method(request, timeout=retry.remaining_s, metadata=self._metadata)
+                retry.heard()
+                return answer
             except grpc.RpcError as error:
                 delay_s = retry.delay_s(client_error(error), within_s=within_s)
             time.sleep(delay_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import pytest
@@ -64,6 +65,16 @@ def test_a_gateway_that_starts_late_is_waited_for() -> None:
         starting = in_thread(deployment.start_gateway)
         with Client(deployment.address, connect_timeout_s=20) as client:
             assert len(client.generate("a ring").images) == 1
+        starting.join()
+
+
+def test_a_gateway_that_has_answered_before_is_waited_for_longer() -> None:
+    with Deployment() as deployment, Client(deployment.address, timeout_s=30, connect_timeout_s=0.2) as client:
+        client.status()
+        deployment.kill_gateway()
+        starting = threading.Timer(1.5, deployment.start_gateway)
+        starting.start()
+        assert len(client.generate("a ring").images) == 1
         starting.join()
 
 
