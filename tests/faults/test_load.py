@@ -44,7 +44,7 @@ HASTE_S = 2.0
 """A deadline that an idle deployment keeps and a loaded one cannot."""
 JOB_KEEP_S = 120.0
 """In the soak, so that as many jobs go as come."""
-MOST_KILLS = 40
+MOST_KILLS = 28
 """What dies again and again is started ever later, so more would show the supervisor's patience."""
 STORM_S = 0.5
 """Between two kills, besides what it takes to look whom to spare: three deliveries are an image's last."""
