@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from streamflow.backends.base import Network
 from streamflow.backends.runtime import set_threads
+from streamflow.backends.torch_eager import TorchRunner
 from streamflow.families import load_denoiser
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import BASE, REFINER, Role
@@ -161,8 +163,7 @@ def variant(unet: str, folder: Path) -> Path:
 
 
 def load(folder: Path, slots: int) -> tuple[DenoiserStage, dict[str, Timed]]:
-    cpu = torch.device("cpu")
-    denoiser = load_denoiser(folder, device=cpu, dtype=torch.float32)
+    denoiser = load_denoiser(folder, partial(TorchRunner, device=torch.device("cpu"), dtype=torch.float32))
     networks = {name: Timed(network) for name, network in denoiser.networks.items()}
     assert networks.keys() == {BASE, REFINER}
     return DenoiserStage(type(denoiser)(networks, denoiser.card, denoiser.conditioning_shapes), slots=slots), networks

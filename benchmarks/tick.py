@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks.samplers import Timed
 from streamflow.backends.runtime import set_threads
+from streamflow.backends.torch_eager import TorchRunner
 from streamflow.batching.engine import Engine
 from streamflow.families import load_denoiser
 from streamflow.families.base import Denoiser
@@ -39,7 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     threads = set_threads()
-    denoiser = load_denoiser(MODEL, device=torch.device("cpu"), dtype=torch.float32)
+    open_part = partial(TorchRunner, device=torch.device("cpu"), dtype=torch.float32)
+    denoiser = load_denoiser(MODEL, open_part)
     print(f"{threads} threads, torch {torch.__version__}")
     print(
         f"{'slots':>6} {'rows':>6} {'tick ms':>10} {'network ms':>12} {'rest ms':>9} {'rest %':>8} {'rest us/slot':>13}"

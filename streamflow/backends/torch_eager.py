@@ -1,50 +1,34 @@
-"""Networks as plain torch modules."""
+"""Parts as plain torch modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Forward = Callable[[nn.Module, Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""How a family calls its module: (module, latents, timestep, conditioning) -> output."""
+from streamflow.backends.parts import Part, PartModule
 
 
-class TorchNetwork:
-    """A torch module behind the `Network` contract; only what the module is fed has its precision.
+class TorchRunner:
+    """A part as it was written, on a CPU or a GPU.
 
     Args:
-        module: on its device, in its dtype, in eval mode.
-        forward: the family's call.
-        row_counts: pad every call to one of these; None = any. One count alone makes the output independent of how
-            many rows are asked for, which eager kernels are not.
-        takes_velocity: see Network.
+        device, dtype: where, and in which precision it computes.
     """
 
     name = "torch-eager"
+    # Kernels are chosen by the number of rows, and sum in other orders.
     row_invariant = False
 
-    def __init__(
-        self,
-        module: nn.Module,
-        forward: Forward,
-        *,
-        row_counts: tuple[int, ...] | None = None,
-        takes_velocity: bool = False,
-    ) -> None:
-        # Rather than a mode around each call: a compiled step is traced through here.
-        self._module, self._forward = module.requires_grad_(False), forward
-        self.row_counts, self.takes_velocity = row_counts, takes_velocity
-        self._dtype = next(module.parameters()).dtype
+    def __init__(self, part: Part, *, device: torch.device, dtype: torch.dtype) -> None:
+        self._names = tuple(part.inputs)
+        self._module = PartModule(part, device=device, dtype=dtype)
+        self._about = f"{part.name}, {device}, {dtype}"
 
-    def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        inputs = {name: _as_dtype(tensor, self._dtype) for name, tensor in conditioning.items()}
-        return self._forward(self._module, latents.to(self._dtype), timestep, inputs).float()
+    def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        output: Tensor = self._module(*(inputs[name] for name in self._names))
+        return output
 
     def __repr__(self) -> str:
-        return f"TorchNetwork({type(self._module).__name__}, {self._dtype}, row_counts={self.row_counts})"
-
-
-def _as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return f"TorchRunner({self._about})"

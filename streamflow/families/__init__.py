@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamflow.errors import InvalidRequestError, StreamFlowError
 from streamflow.families.base import Denoiser, LatentDecoder, TextEncoder, VaeEncoder
@@ -18,7 +18,7 @@ from streamflow.families.checkpoint import read_json
 from streamflow.types import DecoderKind, ModelCard
 
 if TYPE_CHECKING:
-    import torch
+    from streamflow.backends.parts import OpenPart, Part
 
 FAMILIES = {"StableDiffusionPipeline": "streamflow.families.sd"}
 """Module of each family by the pipeline class that model_index.json names."""
@@ -35,37 +35,38 @@ def describe(path: Path | str, name: str = "") -> ModelCard:
     return card
 
 
-def load_text_encoder(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    with _loading(path) as (family, folder):
-        encoder: TextEncoder = family.load_text_encoder(folder, device=device, dtype=dtype)
+def parts(path: Path | str) -> list[Part]:
+    """Every network of the checkpoint, to export."""
+    card = describe(path)
+    found: list[Part] = _family(Path(path)).parts(Path(path), card)
+    return found
+
+
+def load_text_encoder(path: Path | str, open_part: OpenPart) -> TextEncoder:
+    with _loading(path) as (family, about):
+        encoder: TextEncoder = family.load_text_encoder(**about, open_part=open_part)
     return encoder
 
 
-def load_vae_encoder(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> VaeEncoder:
-    with _loading(path) as (family, folder):
-        encoder: VaeEncoder = family.load_vae_encoder(folder, device=device, dtype=dtype)
+def load_vae_encoder(path: Path | str, open_part: OpenPart) -> VaeEncoder:
+    with _loading(path) as (family, about):
+        encoder: VaeEncoder = family.load_vae_encoder(**about, open_part=open_part)
     return encoder
+
+
+def load_decoder(path: Path | str, kind: DecoderKind, open_part: OpenPart) -> LatentDecoder:
+    with _loading(path) as (family, about):
+        decoder: LatentDecoder = family.load_decoder(**about, kind=kind, open_part=open_part)
+    return decoder
 
 
 def load_denoiser(
-    path: Path | str,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    name: str = "",
-    row_counts: tuple[int, ...] | None = None,
+    path: Path | str, open_part: OpenPart, *, name: str = "", row_counts: tuple[int, ...] | None = None
 ) -> Denoiser:
     """Args: row_counts: pad every network call to one of these; None = any."""
-    card = describe(path, name)
-    with _loading(path) as (family, folder):
-        denoiser: Denoiser = family.load_denoiser(folder, card=card, device=device, dtype=dtype, row_counts=row_counts)
+    with _loading(path, name) as (family, about):
+        denoiser: Denoiser = family.load_denoiser(**about, open_part=open_part, row_counts=row_counts)
     return denoiser
-
-
-def load_decoder(path: Path | str, kind: DecoderKind, *, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
-    with _loading(path) as (family, folder):
-        decoder: LatentDecoder = family.load_decoder(folder, kind, device=device, dtype=dtype)
-    return decoder
 
 
 def _family(folder: Path) -> ModuleType:
@@ -76,19 +77,19 @@ def _family(folder: Path) -> ModuleType:
 
 
 @contextmanager
-def _loading(path: Path | str) -> Iterator[tuple[ModuleType, Path]]:
-    """The family's module, and the folder.
+def _loading(path: Path | str, name: str = "") -> Iterator[tuple[ModuleType, dict[str, Any]]]:
+    """The family's module, and what all its loaders take: the folder and its card.
 
     Raises:
         InvalidRequestError: for whatever a loader meets in a folder that is incomplete, damaged or inconsistent.
     """
     folder = Path(path)
-    family = _family(folder)
+    family, card = _family(folder), describe(folder, name)
     _be_quiet()
     from safetensors import SafetensorError
 
     try:
-        yield family, folder
+        yield family, {"folder": folder, "card": card}
     except StreamFlowError:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:

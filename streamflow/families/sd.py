@@ -7,6 +7,7 @@ UNet is fed `1000 sigma` and predicts the velocity `noise - data`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from streamflow.backends.base import Network
+    from streamflow.backends.parts import OpenPart, Part, Runner
 
-PARTS = ("tokenizer", "text_encoder", "unet", "unet_refiner", "vae", "tiny_vae", "scheduler")
-UNET_REFINER = "unet_refiner"
+FOLDERS = ("tokenizer", "text_encoder", "unet", "unet_refiner", "vae", "tiny_vae", "scheduler")
+UNET, UNET_REFINER = "unet", "unet_refiner"
 DEFAULT_MAX_STEP = 0.12
 """Of a refiner whose config does not say what it was trained for: the range of FlowTurbo's own."""
 
@@ -44,7 +45,7 @@ def describe(folder: Path, name: str) -> ModelCard:
     return ModelCard(
         name=name,
         family="sd",
-        revision=weights_revision(folder, PARTS),
+        revision=weights_revision(folder, FOLDERS),
         default_width=width * factor,
         default_height=height * factor,
         size_multiple=factor,
@@ -90,82 +91,160 @@ def _refiner(folder: Path, unet: Mapping[str, Any]) -> RefinerSpec | None:
     return RefinerSpec(max_step=config.get("max_step", DEFAULT_MAX_STEP), guided=config.get("guided", False))
 
 
-def load_text_encoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> ClipTextEncoder:
-    from transformers import CLIPTextModel, CLIPTokenizer
+def load_text_encoder(folder: Path, *, card: ModelCard, open_part: OpenPart) -> ClipTextEncoder:
+    from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    model = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
-    return ClipTextEncoder(tokenizer, model.to(device).eval())
+    return ClipTextEncoder(tokenizer, open_part(_text_encoder(folder, card)))
 
 
-def load_vae_encoder(folder: Path, *, device: torch.device, dtype: torch.dtype) -> KlAutoencoder:
-    return KlAutoencoder(_load_vae(folder, device=device, dtype=dtype))
+def load_vae_encoder(folder: Path, *, card: ModelCard, open_part: OpenPart) -> ImageEncoder:
+    return ImageEncoder(open_part(_vae_encoder(folder, card)))
 
 
-def load_decoder(
-    folder: Path, kind: DecoderKind, *, device: torch.device, dtype: torch.dtype
-) -> KlAutoencoder | TinyDecoder:
-    if kind is DecoderKind.FULL:
-        return KlAutoencoder(_load_vae(folder, device=device, dtype=dtype))
-    if not (folder / "tiny_vae").is_dir():
-        raise InvalidRequestError("decoder", kind.value, "full", f"{folder} has no tiny_vae folder")
-    from diffusers import AutoencoderTiny
-
-    tiny = AutoencoderTiny.from_pretrained(folder / "tiny_vae", dtype=dtype, use_safetensors=True)
-    return TinyDecoder(tiny.to(device).eval())
+def load_decoder(folder: Path, kind: DecoderKind, *, card: ModelCard, open_part: OpenPart) -> Decoder:
+    return Decoder(open_part(_decoder(folder, kind, card)))
 
 
 def load_denoiser(
-    folder: Path, *, card: ModelCard, device: torch.device, dtype: torch.dtype, row_counts: tuple[int, ...] | None
+    folder: Path, *, card: ModelCard, open_part: OpenPart, row_counts: tuple[int, ...] | None
 ) -> Denoiser:
-    networks = {BASE: _load_unet(folder / "unet", device=device, dtype=dtype, row_counts=row_counts)}
+    from streamflow.backends.network import PartNetwork
+
+    networks = {BASE: PartNetwork(open_part(_unet(folder, UNET, card)), row_counts=row_counts)}
     if card.flow.refiner is not None:
-        networks[REFINER] = _load_unet(folder / UNET_REFINER, device=device, dtype=dtype, row_counts=row_counts)
+        refiner = open_part(_unet(folder, UNET_REFINER, card))
+        networks[REFINER] = PartNetwork(refiner, row_counts=row_counts, takes_velocity=True)
     width = read_json(folder, "unet/config.json")["cross_attention_dim"]
     return Denoiser(networks, card, {"prompt_embeds": (card.max_prompt_tokens, width)})
 
 
-def _load_unet(
-    folder: Path, *, device: torch.device, dtype: torch.dtype, row_counts: tuple[int, ...] | None
-) -> Network:
-    from diffusers import UNet2DConditionModel
-
-    from streamflow.backends.torch_eager import TorchNetwork
-
-    unet = UNet2DConditionModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    takes_velocity = folder.name == UNET_REFINER
-    return TorchNetwork(unet.to(device).eval(), _call_unet, row_counts=row_counts, takes_velocity=takes_velocity)
+def parts(folder: Path, card: ModelCard) -> list[Part]:
+    found = [_text_encoder(folder, card), _unet(folder, UNET, card)]
+    if card.flow.refiner is not None:
+        found.append(_unet(folder, UNET_REFINER, card))
+    return [*found, _vae_encoder(folder, card), *(_decoder(folder, kind, card) for kind in card.decoders)]
 
 
-def _call_unet(unet: nn.Module, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-    output: Tensor = unet(latents, timestep, encoder_hidden_states=conditioning["prompt_embeds"], return_dict=False)[0]
-    return output
+# -- the networks ----------------------------------------------------------------------------------------------------
 
 
-def _load_vae(folder: Path, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _text_encoder(folder: Path, card: ModelCard) -> Part:
+    import torch
+
+    from streamflow.backends.parts import ROWS, Input, Part
+
+    def load(device: torch.device, dtype: torch.dtype) -> nn.Module:
+        from transformers import CLIPTextModel
+
+        model: nn.Module = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
+        return model.to(device).eval()
+
+    words = read_json(folder, "text_encoder/config.json")["vocab_size"]
+    tokens = Input((ROWS, card.max_prompt_tokens), torch.int64, below=words)
+    return Part("text_encoder", {"input_ids": tokens}, "prompt_embeds", load, _call_text)
+
+
+def _unet(folder: Path, name: str, card: ModelCard) -> Part:
+    from streamflow.backends.parts import ROWS, Input, Part
+
+    def load(device: torch.device, dtype: torch.dtype) -> nn.Module:
+        from diffusers import UNet2DConditionModel
+
+        unet: nn.Module = UNet2DConditionModel.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
+        return unet.to(device).eval()
+
+    config = read_json(folder, f"{name}/config.json")
+    inputs = {
+        "latents": Input((ROWS, config["in_channels"], "height", "width")),
+        "timestep": Input((ROWS,), below=1000, exact=True),
+        "prompt_embeds": Input((ROWS, card.max_prompt_tokens, config["cross_attention_dim"])),
+    }
+    return Part(name, inputs, "velocity", load, _call_unet, _latent_size(card))
+
+
+def _vae_encoder(folder: Path, card: ModelCard) -> Part:
+    from streamflow.backends.parts import ROWS, Input, Part
+
+    images = Input((ROWS, 3, "height", "width"))
+    sizes = {"height": card.default_height, "width": card.default_width}
+    return Part("vae_encoder", {"images": images}, "latents", partial(_load_vae, folder), _call_vae_encoder, sizes)
+
+
+def _decoder(folder: Path, kind: DecoderKind, card: ModelCard) -> Part:
+    from streamflow.backends.parts import ROWS, Input, Part
+
+    latents = {"latents": Input((ROWS, card.latent_channels, "height", "width"))}
+    size = _latent_size(card)
+    if kind is DecoderKind.FULL:
+        return Part("vae_decoder", latents, "images", partial(_load_vae, folder), _call_vae_decoder, size)
+    if not (folder / "tiny_vae").is_dir():
+        raise InvalidRequestError("decoder", kind.value, "full", f"{folder} has no tiny_vae folder")
+    return Part("tiny_decoder", latents, "images", partial(_load_tiny, folder), _call_tiny_decoder, size)
+
+
+def _latent_size(card: ModelCard) -> dict[str, int]:
+    return {"height": card.default_height // card.latent_factor, "width": card.default_width // card.latent_factor}
+
+
+def _load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from diffusers import AutoencoderKL
 
     vae: nn.Module = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, use_safetensors=True)
     return vae.to(device).eval()
 
 
+def _load_tiny(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    from diffusers import AutoencoderTiny
+
+    tiny: nn.Module = AutoencoderTiny.from_pretrained(folder / "tiny_vae", dtype=dtype, use_safetensors=True)
+    return tiny.to(device).eval()
+
+
+def _call_text(model: Any, input_ids: Tensor) -> Tensor:
+    hidden: Tensor = model(input_ids).last_hidden_state
+    return hidden
+
+
+def _call_unet(unet: Any, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
+    output: Tensor = unet(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+    return output
+
+
+def _call_vae_encoder(vae: Any, images: Tensor) -> Tensor:
+    """To scaled latents: the mode, so no noise."""
+    scaled: Tensor = vae.encode(images).latent_dist.mode() * vae.config.scaling_factor
+    return scaled
+
+
+def _call_vae_decoder(vae: Any, latents: Tensor) -> Tensor:
+    images: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    return images
+
+
+def _call_tiny_decoder(tiny: Any, latents: Tensor) -> Tensor:
+    """Distilled to take scaled latents."""
+    images: Tensor = tiny.decode(latents, return_dict=False)[0]
+    return images
+
+
+# -- for the stages --------------------------------------------------------------------------------------------------
+
+
 class ClipTextEncoder:
     """A CLIP tokenizer and text model; prompts are padded to the tokenizer's limit, as the network was trained with."""
 
-    def __init__(self, tokenizer: Any, model: nn.Module) -> None:
-        self._tokenizer, self._model = tokenizer, model
+    def __init__(self, tokenizer: Any, runner: Runner) -> None:
+        self._tokenizer, self._runner = tokenizer, runner
+        self.backend = runner.name
         self.max_tokens: int = tokenizer.model_max_length
 
     def encode(self, prompts: Sequence[str]) -> list[Tensors]:
         """{"prompt_embeds": [tokens, width]} per prompt."""
-        import torch
-
         tokens = self._tokenizer(
             list(prompts), padding="max_length", max_length=self.max_tokens, truncation=True, return_tensors="pt"
         )
-        with torch.inference_mode():
-            hidden = self._model(tokens.input_ids.to(_device(self._model))).last_hidden_state
-        return [{"prompt_embeds": row} for row in hidden.float().cpu().numpy()]
+        return [{"prompt_embeds": row} for row in self._runner({"input_ids": tokens.input_ids}).cpu().numpy()]
 
     def truncated(self, prompt: str) -> str:
         tokens = self._tokenizer(prompt, truncation=False, verbose=False).input_ids
@@ -175,53 +254,33 @@ class ClipTextEncoder:
         return text
 
 
-class KlAutoencoder:
-    """The checkpoint's own VAE, both ways; its latents are scaled to unit variance."""
+class ImageEncoder:
+    """The encoder half of the checkpoint's own autoencoder."""
 
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            moments = self._vae.encode(_to_model(images, self._vae)).latent_dist.mode()
-        scaled: np.ndarray = (moments * self._vae.config.scaling_factor).float().cpu().numpy()
-        return scaled
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            scaled = _to_model(latents, self._vae) / self._vae.config.scaling_factor
-            return _to_pixels(self._vae.decode(scaled, return_dict=False)[0])
+        latents: np.ndarray = self._runner({"images": _tensor(images)}).cpu().numpy()
+        return latents
 
 
-class TinyDecoder:
-    """The distilled autoencoder's decoder; it takes scaled latents."""
+class Decoder:
+    """An autoencoder's decoder half."""
 
-    def __init__(self, tiny: Any) -> None:
-        self._tiny = tiny
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.backend = runner.name
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        import torch
-
-        with torch.inference_mode():
-            return _to_pixels(self._tiny.decode(_to_model(latents, self._tiny), return_dict=False)[0])
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+        """Rounded as diffusers does."""
+        decoded = self._runner({"latents": _tensor(latents)})
+        unit = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        pixels: np.ndarray = (unit * 255).round().byte().cpu().numpy()
+        return pixels
 
 
-def _to_model(values: np.ndarray, module: nn.Module) -> Tensor:
+def _tensor(values: np.ndarray) -> Tensor:
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(values)).to(_device(module), next(module.parameters()).dtype)
-
-
-def _to_pixels(decoded: Tensor) -> np.ndarray:
-    """[n, 3, H, W] in [-1, 1] to uint8 [n, H, W, 3], rounded as diffusers does."""
-    unit = (decoded.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    pixels: np.ndarray = (unit * 255).round().byte().cpu().numpy()
-    return pixels
+    return torch.from_numpy(np.ascontiguousarray(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -82,11 +83,12 @@ class DecoderStage:
             name: that clients use; empty = the folder's name.
         """
         from streamflow.backends.runtime import resolve_device, resolve_dtype
+        from streamflow.backends.torch_eager import TorchRunner
         from streamflow.families import describe, load_decoder
 
         where, card = resolve_device(device), describe(path, name)
-        precision = resolve_dtype(dtype, where)
-        decoders = {kind: load_decoder(path, kind, device=where, dtype=precision) for kind in card.decoders}
+        open_part = partial(TorchRunner, device=where, dtype=resolve_dtype(dtype, where))
+        decoders = {kind: load_decoder(path, kind, open_part) for kind in card.decoders}
         return cls(
             decoders,
             card,

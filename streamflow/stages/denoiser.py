@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Self
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from streamflow.backends.runtime import DETERMINISTIC_ROWS, resolve_device, resolve_dtype, row_buckets
+from streamflow.backends.torch_eager import TorchRunner
 from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import Engine, Progress
 from streamflow.batching.slots import Image
@@ -88,7 +90,8 @@ class DenoiserStage:
         """
         where = resolve_device(device)
         rows = (DETERMINISTIC_ROWS,) if deterministic else row_buckets(2 * slots) if compiled else None
-        denoiser = load_denoiser(path, device=where, dtype=resolve_dtype(dtype, where), name=name, row_counts=rows)
+        open_part = partial(TorchRunner, device=where, dtype=resolve_dtype(dtype, where))
+        denoiser = load_denoiser(path, open_part, name=name, row_counts=rows)
         return cls(denoiser, slots=slots, device=where, step=CompiledStep() if compiled else run_step)
 
     @property

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -97,12 +98,13 @@ class EncoderStage:
             name: that clients use; empty = the folder's name.
         """
         from streamflow.backends.runtime import resolve_device, resolve_dtype
+        from streamflow.backends.torch_eager import TorchRunner
         from streamflow.families import describe, load_text_encoder, load_vae_encoder
 
         where = resolve_device(device)
-        precision = resolve_dtype(dtype, where)
-        text = load_text_encoder(path, device=where, dtype=precision)
-        images = load_vae_encoder(path, device=where, dtype=precision)
+        open_part = partial(TorchRunner, device=where, dtype=resolve_dtype(dtype, where))
+        text = load_text_encoder(path, open_part)
+        images = load_vae_encoder(path, open_part)
         card = describe(path, name)
         return cls(text, images, card, max_wait_s=max_wait_s, deterministic=deterministic, slots=slots)
 

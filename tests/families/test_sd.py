@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from streamflow import families
+from streamflow.backends.torch_eager import TorchRunner
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Role
@@ -23,7 +25,7 @@ from streamflow.types import DecoderKind, DenoiseJob
 from tests.checkpoints import TOKENS
 
 CPU = torch.device("cpu")
-FLOAT = {"device": CPU, "dtype": torch.float32}
+FLOAT = partial(TorchRunner, device=CPU, dtype=torch.float32)
 
 
 class SequentialFlow(FlowMatchEulerDiscreteScheduler):
@@ -57,7 +59,7 @@ def test_latents_equal_the_reference_for_all_steps_and_guidance_in_one_batch(
     folder = request.getfixturevalue(checkpoint)
     stage, reference = DenoiserStage.load(folder, device="cpu", slots=8), load_reference(folder)
     prompt, negative_prompt = "a red circle", "a blue ring"
-    encoder = families.load_text_encoder(folder, **FLOAT)
+    encoder = families.load_text_encoder(folder, FLOAT)
     texts = dict(zip((Role.TARGET, Role.NEGATIVE), encoder.encode([prompt, negative_prompt]), strict=True))
     size = stage.card.default_height
     cases = [(steps, guidance) for steps in (1, 2, 4, 7, 25) for guidance in (1.0, 4.0)]
@@ -82,7 +84,7 @@ def test_latents_equal_the_reference_for_all_steps_and_guidance_in_one_batch(
 
 def test_pixels_equal_the_reference(sd_checkpoint: Path, reference: StableDiffusionPipeline) -> None:
     latents = torch.randn(2, 4, 16, 16)
-    ours = families.load_decoder(sd_checkpoint, DecoderKind.FULL, **FLOAT).decode(latents.numpy())
+    ours = families.load_decoder(sd_checkpoint, DecoderKind.FULL, FLOAT).decode(latents.numpy())
     decoded = reference.vae.decode(latents / reference.vae.config.scaling_factor, return_dict=False)[0].detach()
     theirs = (reference.image_processor.postprocess(decoded, output_type="np") * 255).round().astype(np.uint8)
     assert ours.shape == (2, 64, 64, 3)
@@ -90,16 +92,14 @@ def test_pixels_equal_the_reference(sd_checkpoint: Path, reference: StableDiffus
 
 
 def test_tiny_decoder_takes_the_same_latents(sd_checkpoint: Path) -> None:
-    pixels = families.load_decoder(sd_checkpoint, DecoderKind.TINY, **FLOAT).decode(
-        np.zeros((3, 4, 16, 12), np.float32)
-    )
+    pixels = families.load_decoder(sd_checkpoint, DecoderKind.TINY, FLOAT).decode(np.zeros((3, 4, 16, 12), np.float32))
     assert pixels.shape == (3, 64, 48, 3)
     assert pixels.dtype == np.uint8
 
 
 def test_vae_encoder_gives_the_scaled_mode(sd_checkpoint: Path, reference: StableDiffusionPipeline) -> None:
     images = np.random.default_rng(0).uniform(-1, 1, (2, 3, 64, 64)).astype(np.float32)
-    latents = families.load_vae_encoder(sd_checkpoint, **FLOAT).encode(images)
+    latents = families.load_vae_encoder(sd_checkpoint, FLOAT).encode(images)
     with torch.inference_mode():
         expected = reference.vae.encode(torch.from_numpy(images)).latent_dist.mode() * 0.7
     assert relative(latents, expected.numpy()) < 1e-5
@@ -108,7 +108,7 @@ def test_vae_encoder_gives_the_scaled_mode(sd_checkpoint: Path, reference: Stabl
 def test_conditioning_equals_the_reference_and_cuts_are_told(
     sd_checkpoint: Path, reference: StableDiffusionPipeline
 ) -> None:
-    encoder = families.load_text_encoder(sd_checkpoint, **FLOAT)
+    encoder = families.load_text_encoder(sd_checkpoint, FLOAT)
     for prompt in ("a b", "far too long for twelve tokens", ""):
         (ours,) = encoder.encode([prompt])
         theirs = reference.encode_prompt(prompt, CPU, 1, do_classifier_free_guidance=False)[0][0]
@@ -161,12 +161,12 @@ def test_checkpoint_that_is_no_rectified_flow_is_refused(sd_checkpoint: Path, tm
 def test_a_refiner_is_loaded_where_the_checkpoint_has_one(sd_checkpoint: Path, tmp_path: Path) -> None:
     card = families.describe(sd_checkpoint)
     assert card.flow.refiner == RefinerSpec(max_step=0.25)
-    assert set(families.load_denoiser(sd_checkpoint, **FLOAT).networks) == {"base", "refiner"}
+    assert set(families.load_denoiser(sd_checkpoint, FLOAT).networks) == {"base", "refiner"}
     without = shutil.copytree(sd_checkpoint, tmp_path / "without")
     shutil.rmtree(without / "unet_refiner")
     assert families.describe(without).flow.refiner is None
     assert families.describe(without).revision != card.revision
-    assert set(families.load_denoiser(without, **FLOAT).networks) == {"base"}
+    assert set(families.load_denoiser(without, FLOAT).networks) == {"base"}
     with pytest.raises(InvalidRequestError, match="a checkpoint with a refiner"):
         DenoiserStage.load(without, device="cpu").run(
             [DenoiseJob({}, 2, Guidance(), "H1R1", 0, card.default_height, card.default_width)]
@@ -187,13 +187,13 @@ def test_weights_that_cannot_be_loaded_are_one_clear_error(sd_checkpoint: Path, 
     pointer = b"version https://git-lfs.github.com/spec/v1\n"
     for name, data in (("missing", None), ("truncated", b"\0" * 100), ("pointer", pointer)):
         with pytest.raises(InvalidRequestError, match="a checkpoint whose weights can be loaded"):
-            families.load_denoiser(broken(name, "unet", data), **FLOAT)
+            families.load_denoiser(broken(name, "unet", data), FLOAT)
     with pytest.raises(InvalidRequestError, match="a checkpoint whose weights can be loaded"):
-        families.load_decoder(broken("vae", "vae", b"\0" * 100), DecoderKind.FULL, **FLOAT)
+        families.load_decoder(broken("vae", "vae", b"\0" * 100), DecoderKind.FULL, FLOAT)
     wrong = shutil.copytree(sd_checkpoint, tmp_path / "wrong-shape")
     _edit(wrong / "unet" / "config.json", {"cross_attention_dim": 24})
     with pytest.raises(InvalidRequestError, match="a checkpoint whose weights can be loaded"):
-        families.load_denoiser(wrong, **FLOAT)
+        families.load_denoiser(wrong, FLOAT)
 
 
 def test_row_count_pads_the_network_calls(sd_checkpoint: Path) -> None:
@@ -216,7 +216,7 @@ def _edit(path: Path, change: Mapping[str, object]) -> None:
 
 
 def test_network_runs_each_row_at_its_own_timestep(sd_checkpoint: Path) -> None:
-    denoiser = families.load_denoiser(sd_checkpoint, **FLOAT)
+    denoiser = families.load_denoiser(sd_checkpoint, FLOAT)
     latents, embeds = torch.randn(3, 4, 16, 16), torch.randn(3, TOKENS, 16)
     timestep = torch.tensor([1000.0, 333.3, 0.5])
     together = denoiser.networks["base"](latents, timestep, {"prompt_embeds": embeds})
