@@ -36,6 +36,7 @@ class Part:
 
     Attributes:
         name: within its checkpoint, such as "unet".
+        revision: of the checkpoint's weights; a graph of another one is not this part.
         inputs: by name, in the order in which `call` takes them.
         output: the name of what comes out, [rows, ...].
         sizes: of the named axes besides rows, in examples.
@@ -44,6 +45,7 @@ class Part:
     """
 
     name: str
+    revision: str
     inputs: Mapping[str, Input]
     output: str
     load: Callable[[torch.device, torch.dtype], nn.Module]

@@ -142,7 +142,7 @@ def _text_encoder(folder: Path, card: ModelCard) -> Part:
 
     words = read_json(folder, "text_encoder/config.json")["vocab_size"]
     tokens = Input((ROWS, card.max_prompt_tokens), torch.int64, below=words)
-    return Part("text_encoder", {"input_ids": tokens}, "prompt_embeds", load, _call_text)
+    return Part("text_encoder", card.revision, {"input_ids": tokens}, "prompt_embeds", load, _call_text)
 
 
 def _unet(folder: Path, name: str, card: ModelCard) -> Part:
@@ -160,7 +160,7 @@ def _unet(folder: Path, name: str, card: ModelCard) -> Part:
         "timestep": Input((ROWS,), below=1000, exact=True),
         "prompt_embeds": Input((ROWS, card.max_prompt_tokens, config["cross_attention_dim"])),
     }
-    return Part(name, inputs, "velocity", load, _call_unet, _latent_size(card))
+    return Part(name, card.revision, inputs, "velocity", load, _call_unet, _latent_size(card))
 
 
 def _vae_encoder(folder: Path, card: ModelCard) -> Part:
@@ -168,7 +168,15 @@ def _vae_encoder(folder: Path, card: ModelCard) -> Part:
 
     images = Input((ROWS, 3, "height", "width"))
     sizes = {"height": card.default_height, "width": card.default_width}
-    return Part("vae_encoder", {"images": images}, "latents", partial(_load_vae, folder), _call_vae_encoder, sizes)
+    return Part(
+        "vae_encoder",
+        card.revision,
+        {"images": images},
+        "latents",
+        partial(_load_vae, folder),
+        _call_vae_encoder,
+        sizes,
+    )
 
 
 def _decoder(folder: Path, kind: DecoderKind, card: ModelCard) -> Part:
@@ -177,10 +185,12 @@ def _decoder(folder: Path, kind: DecoderKind, card: ModelCard) -> Part:
     latents = {"latents": Input((ROWS, card.latent_channels, "height", "width"))}
     size = _latent_size(card)
     if kind is DecoderKind.FULL:
-        return Part("vae_decoder", latents, "images", partial(_load_vae, folder), _call_vae_decoder, size)
+        return Part(
+            "vae_decoder", card.revision, latents, "images", partial(_load_vae, folder), _call_vae_decoder, size
+        )
     if not (folder / "tiny_vae").is_dir():
         raise InvalidRequestError("decoder", kind.value, "full", f"{folder} has no tiny_vae folder")
-    return Part("tiny_decoder", latents, "images", partial(_load_tiny, folder), _call_tiny_decoder, size)
+    return Part("tiny_decoder", card.revision, latents, "images", partial(_load_tiny, folder), _call_tiny_decoder, size)
 
 
 def _latent_size(card: ModelCard) -> dict[str, int]:
