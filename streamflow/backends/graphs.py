@@ -139,8 +139,8 @@ class GraphStore:
         if together.shape != expected.shape or not together.isfinite().all():
             raise GenerationError(f"{part.name}: {runner.name} gives {tuple(together.shape)}, or values not finite")
         alone = [runner({name: rows[k : k + 1] for name, rows in inputs.items()}) for k in range(TEST_ROWS)]
-        error = (together - expected).abs().max() / expected.abs().max()
-        return Tested(error.item(), torch.equal(together, torch.cat(alone)))
+        off = (together - expected).abs().max() / expected.abs().max()
+        return Tested(off.item(), torch.equal(together, torch.cat(alone)))
 
     def _check(self, part: Part, said: Mapping[str, Any]) -> None:
         """Raises ValueError with what is wrong."""

@@ -52,7 +52,7 @@ class Opener:
             raise InvalidRequestError("backend", f"{self.backend} on {self.device}", "torch there", "or --device cpu")
 
     def __call__(self, part: Part) -> Runner:
-        """Raises NotFoundError where the backend needs a graph that is not there, UnavailableError without its library."""
+        """Raises NotFoundError without the graph that the backend needs, UnavailableError without its library."""
         if self.backend == TORCH or (self.backend == AUTO and self.device.type != "cpu"):
             return self._torch(part)
         if self.backend != AUTO:
