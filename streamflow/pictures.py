@@ -121,9 +121,9 @@ def as_file(field: str, picture: Picture) -> bytes:
         InvalidRequestError: it cannot be read, or it is no picture at all.
     """
     match picture:
-        case b"":
-            raise InvalidRequestError(field, picture, "the bytes of a picture file")
         case bytes():
+            if not picture:
+                raise InvalidRequestError(field, picture, "the bytes of a picture file")
             return picture
         case str() | Path():
             return read_file(field, Path(picture))

@@ -11,6 +11,7 @@ import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
 from streamflow.cli.tables import Json, print_json, print_out, table
+from streamflow.types import JobState
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,6 +94,8 @@ def jobs(
         found = client.jobs(limit=limit)
     if json:
         print_json([asdict(job) for job in found])
+    elif not found:
+        typer.echo("no jobs")
     else:
         print_out(_job_table(found))
         for job in found:
@@ -116,7 +119,8 @@ def cancel(
     with connect(address, api_key, tls, tls_ca) as client:
         for request_id in ids:
             job = client.cancel(request_id)
-            typer.echo(f"{job.request_id}: {job.state}")
+            ended_before = "" if job.state is JobState.CANCELLED else "it had ended before: "
+            typer.echo(f"{job.request_id}: {ended_before}{job.state}")
 
 
 def _watch(client: Client) -> None:

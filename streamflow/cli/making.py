@@ -42,7 +42,10 @@ GuidanceMode = Annotated[str | None, typer.Option(help="full; or, experimental, 
 Seed = Annotated[int | None, typer.Option(help="Of the first image; the next ones count up.")]
 NumImages = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images for each prompt.")]
 Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
-SamplerOption = Annotated[str | None, typer.Option(help="A name or blocks; `streamflow samplers` lists them.")]
+SamplerOption = Annotated[
+    str | None,
+    typer.Option(help="A name, with options as in euler[shift=2], or blocks; `streamflow samplers` lists them."),
+]
 FormatOption = Annotated[
     str | None, typer.Option("--format", help="png, jpeg, webp or raw; by default what FILE ends with, or png.")
 ]

@@ -35,6 +35,8 @@ def choose_names(output: str, options: GenerateOptions, *, count: int, overwrite
     first = options["seed"] = seed_of(request_id) if seed is None else seed
     suffix = suffix_of(image_format(options["format"]))
     try:
+        if output.strip() in ("", "-"):
+            raise ValueError(f"got {output!r}; the name of a file or a folder, or a pattern")
         paths = output_paths(output, request_id=request_id, seeds=range(first, first + max(count, 1)), suffix=suffix)
         _check_writable(paths)
     except ValueError as error:

@@ -24,7 +24,7 @@ _COLORS = {"base": "cyan", "refiner": "magenta"}
 
 @app.callback(invoke_without_command=True)
 def samplers(ctx: typer.Context) -> None:
-    """List the samplers and their options; `samplers show` prints what one of them does.
+    """List the samplers and their options, written as in euler[shift=2]; `samplers show` prints what one of them does.
 
     \b
     Examples:
@@ -34,6 +34,7 @@ def samplers(ctx: typer.Context) -> None:
     """
     if ctx.invoked_subcommand is None:
         print_out(_list())
+        typer.echo("Options are written in brackets, as in --sampler 'euler[shift=2]', several with commas.")
 
 
 @app.command()

@@ -26,7 +26,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from streamflow.cli.process import Command, OnLine, Supervised
 from streamflow.config import child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
-from streamflow.ports import LOOPBACK, free_port, join, require_free
+from streamflow.families import check_checkpoint
+from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
 
 SERVICES: Mapping[str, str] = {
     "gateway": "streamflow.v1.Gateway",
@@ -68,7 +69,7 @@ class LocalDeployment:
         commands: what runs each kind of process.
 
     Raises:
-        InvalidRequestError: there is no such model folder.
+        InvalidRequestError: there is no checkpoint there, or another argument cannot be used.
         UnavailableError: there is no redis-server, or a process did not become ready; the message has its last lines.
     """
 
@@ -93,8 +94,7 @@ class LocalDeployment:
         grace_s: float = 20.0,
         commands: Mapping[str, Sequence[str]] = COMMANDS,
     ) -> None:
-        if not Path(model).is_dir():
-            raise InvalidRequestError("model", str(model), "the folder of a checkpoint in diffusers layout")
+        check_checkpoint(model)
         self._host, self._port, self._redis_url, self._data_dir = host, port, redis_url, data_dir
         self._replicas = {"encoder": encoders, "denoiser": denoisers, "decoder": decoders}
         self._slots, self._commands = slots, commands
@@ -206,11 +206,16 @@ class LocalDeployment:
 
     def _check_settings(self) -> None:
         """What would otherwise be found out by a process that is started again and again."""
-        if self._log_dir is not None:
-            try:
-                self._log_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InvalidRequestError("log_dir", str(self._log_dir), "a folder", error.strerror or "") from error
+        for name, folder in (("log_dir", self._log_dir), ("data_dir", self._data_dir)):
+            if folder is not None:
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise InvalidRequestError(name, str(folder), "a folder", error.strerror or "") from error
+        try:
+            local_addresses(self._host)
+        except OSError as error:
+            raise InvalidRequestError("host", self._host, "an address of this machine", error.strerror or "") from error
         try:
             require_free(self._host, self._port)
         except OSError as error:
@@ -280,7 +285,7 @@ class LocalDeployment:
 
 
 async def check_redis(url: str) -> None:
-    """Raises UnavailableError when there is no Redis, or it does not let us in."""
+    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError for no URL."""
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
 
@@ -289,7 +294,10 @@ async def check_redis(url: str) -> None:
         where = urlsplit(url).netloc.rpartition("@")[2] or url
         async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0) as client:
             await client.ping()
-    except (RedisError, OSError, ValueError) as error:
+    except ValueError as error:
+        allowed = "redis://HOST:PORT/0, rediss:// for TLS, or unix:// for a socket"
+        raise InvalidRequestError("redis_url", where, allowed) from error
+    except (RedisError, OSError) as error:
         raise UnavailableError(f"the Redis at {where} cannot be used: {error}") from error
 
 

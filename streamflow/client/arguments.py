@@ -56,13 +56,13 @@ def check_text(name: str, value: Any) -> str:
             return value
     except UnicodeEncodeError:
         pass
-    raise InvalidRequestError(name, value, "text that UTF-8 can carry")
+    raise InvalidRequestError(name, value, "a string that UTF-8 can carry")
 
 
 def check_api_key(value: str | None) -> str | None:
     """Raises InvalidRequestError, which does not tell the key."""
     if value is not None and not (isinstance(value, str) and value.isascii() and value.isprintable()):
-        raise InvalidRequestError("api_key", "something else (not shown)", "printable ASCII characters in one line")
+        raise InvalidRequestError("api_key", "characters that are not shown", "printable ASCII characters in one line")
     return value
 
 
@@ -81,6 +81,8 @@ def root_ca_of(tls: bool | bytes | str | Path | None) -> bytes | None:
     """
     if tls is None or isinstance(tls, bool):
         return None
+    if not isinstance(tls, bytes | str | Path):
+        raise InvalidRequestError("tls", tls, "True, False, or a path or the bytes of certificates in PEM form")
     pem = tls if isinstance(tls, bytes) else _read(Path(tls))
     try:
         # Bundles have comments in all languages between their certificates.

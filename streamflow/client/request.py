@@ -29,9 +29,12 @@ _ALLOWED: Mapping[int, str] = {
     FieldDescriptor.TYPE_UINT64: "an integer from 0 to 2**64 - 1",
     FieldDescriptor.TYPE_FLOAT: "a number",
     FieldDescriptor.TYPE_DOUBLE: "a number",
-    FieldDescriptor.TYPE_STRING: "text that UTF-8 can carry",
+    FieldDescriptor.TYPE_STRING: "a string that UTF-8 can carry",
     FieldDescriptor.TYPE_BOOL: "True or False",
 }
+
+_POSITIVE = frozenset({"num_images", "width", "height"})
+"""Where the message's 0 stands for the default, which a caller writes as None."""
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
@@ -129,6 +132,8 @@ def build_request(
     unknown = plain.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}; see streamflow.client.GenerateOptions")
+    if prompt is None:
+        raise InvalidRequestError("prompt", prompt, "a string, or several")
     request_id = check_text("request_id", request_id) if request_id else new_request_id()
     request = types_pb2.GenerateRequest(detach=detach)
     fields = {
@@ -185,13 +190,18 @@ def _set(message: Any, name: str, value: Any) -> None:
     if value is None:
         return
     descriptor = message.DESCRIPTOR.fields_by_name[name]
+    now = getattr(message, name)
     try:
-        if isinstance(getattr(message, name), str | int | float):
+        # Protobuf takes True for 1, and bytes for text.
+        if (type(value) in (bool, bytes) and type(value) is not type(now)) or (name in _POSITIVE and value == 0):
+            raise TypeError
+        if isinstance(now, str | int | float):
             setattr(message, name, value)
         else:
             getattr(message, name).extend(value)
     except (TypeError, ValueError):
-        raise InvalidRequestError(name, value, _ALLOWED.get(descriptor.type, "another value")) from None
+        allowed = "1 or more" if name in _POSITIVE else _ALLOWED.get(descriptor.type, "another value")
+        raise InvalidRequestError(name, value, allowed) from None
 
 
 def _choice(field: str, kind: type[Choice], value: str) -> Choice:

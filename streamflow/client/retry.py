@@ -109,6 +109,9 @@ class Retry:
                 return self._within_s(patience_s, delay_s, self._unavailable(error))
             case DeadlineError() if error.answered:
                 raise error from None
+            case DeadlineError() if not self._contact.made:
+                message = f"no StreamFlow gateway answered within {self._timeout_s:g} s"
+                raise UnavailableError(f"{self._policy.address}: {message}") from None
             case DeadlineError() if self._failures:
                 raise DeadlineError(f"{self._trouble}; given up after {self._timeout_s:g} s in all") from None
             case DeadlineError():

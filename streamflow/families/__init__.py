@@ -24,6 +24,18 @@ FAMILIES = {"StableDiffusionPipeline": "streamflow.families.sd"}
 """Module of each family by the pipeline class that model_index.json names."""
 
 
+def check_checkpoint(path: Path | str) -> None:
+    """Whether a checkpoint is there at all, without a look at its parts.
+
+    Raises:
+        InvalidRequestError: there is none, or it is of no known family.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InvalidRequestError("model", str(folder), "the folder of a checkpoint in diffusers layout")
+    _family(folder)
+
+
 def describe(path: Path | str, name: str = "") -> ModelCard:
     """What the checkpoint offers, read from its configs.
 

@@ -262,7 +262,9 @@ def _read_blocks(text: str, name: str) -> tuple[str, ...]:
 
 def _unknown(text: str) -> InvalidRequestError:
     names = ", ".join(name for name in SAMPLERS if name != NOTATION)
-    return InvalidRequestError("sampler", text, f"one of {names}, or blocks such as H2P4R2")
+    known = re.split(r"\W", text, maxsplit=1)[0]
+    hint = f"options are written as in {known}[option=value]" if known in SAMPLERS and known != text else ""
+    return InvalidRequestError("sampler", text, f"one of {names}, or blocks such as H2P4R2", hint)
 
 
 _SHIFT = {"shift": number("in place of the schedule's own", 0.01, 100)}

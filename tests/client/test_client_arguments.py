@@ -98,7 +98,7 @@ def test_a_key_that_cannot_be_sent_is_not_told(key: Any) -> None:
 def test_ids_are_text(given: Any) -> None:
     with Client(NOWHERE) as client:
         for call in (client.job, client.cancel, client.retry, lambda given: next(client.watch(given))):
-            with pytest.raises(InvalidRequestError, match=r"id: got .*; allowed: text"):
+            with pytest.raises(InvalidRequestError, match=r"id: got .*; allowed: a string"):
                 call(given)
-        with pytest.raises(InvalidRequestError, match=r"request_id: got .*; allowed: text"):
+        with pytest.raises(InvalidRequestError, match=r"request_id: got .*; allowed: a string"):
             client.generate("a ring", request_id=given)

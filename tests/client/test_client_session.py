@@ -157,17 +157,25 @@ def test_the_deadline_counts_from_the_first_call(clock: Clock) -> None:
     "error", [InvalidRequestError("steps", 0, "1 to 50"), NotFoundError("no job"), DeadlineError("")]
 )
 def test_final_errors_are_raised_at_once(clock: Clock, error: StreamFlowError) -> None:
+    retry = make_retry(clock)
+    retry.heard()
     with pytest.raises(type(error)):
-        make_retry(clock).delay_s(error)
+        retry.delay_s(error)
+
+
+def test_a_time_that_passed_without_any_answer_is_no_question_of_time(clock: Clock) -> None:
+    with pytest.raises(UnavailableError, match="host:1: no StreamFlow gateway answered within 60 s"):
+        make_retry(clock).delay_s(DeadlineError("Deadline Exceeded"))
 
 
 def test_a_refusal_for_its_deadline_is_told_in_the_servers_words(clock: Clock) -> None:
     refusal = DeadlineError("this request takes about 9 s here")
     refusal.answered = True
+    retry = make_retry(clock)
     with pytest.raises(DeadlineError, match="takes about 9 s"):
-        make_retry(clock).delay_s(refusal)
+        retry.delay_s(refusal)
     with pytest.raises(DeadlineError, match="not finished within"):
-        make_retry(clock).delay_s(DeadlineError("Deadline Exceeded"))
+        retry.delay_s(DeadlineError("Deadline Exceeded"))
 
 
 def test_a_server_that_forgets_between_admitting_and_answering_is_asked_again(clock: Clock) -> None:
