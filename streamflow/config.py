@@ -22,6 +22,11 @@ def default_model() -> Path:
     return here if here.is_dir() else Path(__file__).parent.parent / here
 
 
+def default_engines() -> Path:
+    """In the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamflow" / "engines"
+
+
 class Settings(BaseSettings):
     """What every process of a deployment needs to know."""
 
@@ -51,6 +56,12 @@ class StageSettings(Settings):
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the networks; auto = float32 on a CPU, float16 on a GPU"
+    )
+    backend: Literal["auto", "torch", "onnxruntime", "openvino"] = Field(
+        "auto", description="What runs the networks; auto = the fastest for which there is an exported graph, or torch"
+    )
+    engines: Path = Field(
+        default_factory=default_engines, description="Where `streamflow engine export` puts the graphs of networks"
     )
     threads: int = Field(0, ge=0, description="CPU threads of the networks; 0 = all cores (1 in deterministic mode)")
     deterministic: bool = Field(
@@ -103,6 +114,14 @@ class GatewaySettings(Settings):
         30.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
     )
     reap_interval_s: float = Field(1.0, gt=0, description="How often expired jobs and results are cleared")
+
+
+class EngineSettings(BaseSettings):
+    """What `streamflow engine` needs."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+
+    engines: Path = Field(default_factory=default_engines, description="Where exported graphs are kept")
 
 
 class ClientSettings(BaseSettings):

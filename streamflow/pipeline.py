@@ -14,6 +14,7 @@ from PIL import Image
 
 from streamflow.backends.runtime import set_threads
 from streamflow.batching.engine import Progress
+from streamflow.config import default_engines
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance, GuidanceMode, read_interval
 from streamflow.flow.noise import image_seed
@@ -83,6 +84,8 @@ class Pipeline:
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
         threads: int | None = None,
+        backend: str = "auto",
+        engines: Path | None = None,
     ) -> Self:
         """Loads a checkpoint folder in diffusers layout.
 
@@ -92,14 +95,23 @@ class Pipeline:
             decoder: the distilled autoencoder or the checkpoint's own; None = the model's default.
             slots: images in the running batch at once.
             deterministic: equal bytes for equal requests, whatever else runs in the batch.
-            threads: CPU threads of torch in this process; None leaves them as they are, or sets one if deterministic.
+            threads: CPU threads in this process; None leaves torch's as they are, or sets one if deterministic.
+            backend: auto, torch, onnxruntime or openvino; auto is the fastest for which there is an exported graph.
+            engines: where `streamflow engine export` put the graphs; None = in the user's cache.
 
         Raises:
             InvalidRequestError: the folder is no checkpoint that can be served, or a setting does not exist.
         """
         if threads is not None or deterministic:
             set_threads(threads or 0, deterministic=deterministic)
-        where = {"device": device, "dtype": dtype, "deterministic": deterministic}
+        where = {
+            "device": device,
+            "dtype": dtype,
+            "deterministic": deterministic,
+            "backend": backend,
+            "engines": engines or default_engines(),
+            "threads": threads or int(deterministic),
+        }
         denoiser = DenoiserStage.load(path, slots=slots, **where)  # type: ignore[arg-type]
         kind = _decoder_kind(denoiser.card, decoder)
         return cls(

@@ -12,6 +12,7 @@ from streamflow.backends.graphs import GraphStore
 from streamflow.backends.onnx_runtime import OnnxRuntimeRunner
 from streamflow.backends.open_vino import OpenVinoRunner
 from streamflow.backends.parts import Part, Runner
+from streamflow.backends.runtime import resolve_device, resolve_dtype
 from streamflow.backends.torch_eager import TorchRunner
 from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError
 from streamflow.telemetry import get_logger
@@ -24,6 +25,22 @@ BACKENDS = (AUTO, TORCH, *ON_CPU)
 _MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 _log = get_logger(__name__)
+
+
+def open_parts(
+    device: str = "auto", dtype: str = "auto", *, backend: str = AUTO, engines: Path | None = None, threads: int = 0
+) -> Opener:
+    """By what users write.
+
+    Args:
+        engines: where exported graphs are; None = nowhere.
+
+    Raises:
+        InvalidRequestError: one of them does not exist, or not together.
+    """
+    where = resolve_device(device)
+    store = None if engines is None else GraphStore(engines)
+    return Opener(backend, where, resolve_dtype(dtype, where), store, threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +59,7 @@ class Opener:
     backend: str
     device: torch.device
     dtype: torch.dtype
-    store: GraphStore
+    store: GraphStore | None = None
     threads: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +91,8 @@ class Opener:
         return TorchRunner(part, device=self.device, dtype=self.dtype)
 
     def _graph(self, part: Part, name: str) -> Runner:
+        if self.store is None:
+            raise NotFoundError(f"{part.name}: no folder for graphs was given (engines)")
         path = self.store.find(part)
         runner = self._open(name, path)
         tested = self.store.test(part, runner)

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import streamflow
-from streamflow.cli import dead, edit, generate, inspect, samplers, up
+from streamflow.cli import dead, edit, engine, generate, inspect, samplers, up
 from streamflow.errors import (
     AlreadyExistsError,
     BusyError,
@@ -59,6 +59,7 @@ app.command("models")(inspect.models)
 app.command("jobs")(inspect.jobs)
 app.command("cancel")(inspect.cancel)
 app.add_typer(dead.app, name="dead")
+app.add_typer(engine.app, name="engine")
 
 
 def _print_version(asked: bool) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 class TextEncoder(Protocol):
+    backend: str
     max_tokens: int
 
     def encode(self, prompts: Sequence[str]) -> list[Tensors]:
@@ -27,12 +28,16 @@ class TextEncoder(Protocol):
 
 
 class VaeEncoder(Protocol):
+    backend: str
+
     def encode(self, images: np.ndarray) -> np.ndarray:
         """float32 [n, 3, H, W] in [-1, 1] to scaled latents float32 [n, C, H / f, W / f]: the mode, so no noise."""
         ...
 
 
 class LatentDecoder(Protocol):
+    backend: str
+
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Scaled latents float32 [n, C, h, w] to uint8 [n, h * f, w * f, 3]."""
         ...

@@ -269,6 +269,7 @@ class ImageEncoder:
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self.backend = runner.name
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         latents: np.ndarray = self._runner({"images": _tensor(images)}).cpu().numpy()

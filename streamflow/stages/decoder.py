@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -71,6 +70,9 @@ class DecoderStage:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        backend: str = "auto",
+        engines: Path | None = None,
+        threads: int = 0,
         max_wait_s: float = 0.004,
         image_workers: int = 1,
         deterministic: bool = False,
@@ -80,14 +82,14 @@ class DecoderStage:
         """Loads every autoencoder that the checkpoint has, and nothing else of it.
 
         Args:
+            backend, engines, threads: see streamflow.backends.select.open_parts.
             name: that clients use; empty = the folder's name.
         """
-        from streamflow.backends.runtime import resolve_device, resolve_dtype
-        from streamflow.backends.torch_eager import TorchRunner
+        from streamflow.backends.select import open_parts
         from streamflow.families import describe, load_decoder
 
-        where, card = resolve_device(device), describe(path, name)
-        open_part = partial(TorchRunner, device=where, dtype=resolve_dtype(dtype, where))
+        card = describe(path, name)
+        open_part = open_parts(device, dtype, backend=backend, engines=engines, threads=threads)
         decoders = {kind: load_decoder(path, kind, open_part) for kind in card.decoders}
         return cls(
             decoders,
@@ -117,7 +119,7 @@ class DecoderStage:
 
     @property
     def backend(self) -> str:
-        return "torch-eager"
+        return ", ".join(dict.fromkeys(decoder.backend for decoder in self._decoders.values()))
 
     @property
     def counters(self) -> dict[str, int]:

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Self
@@ -14,8 +13,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from streamflow.backends.runtime import DETERMINISTIC_ROWS, resolve_device, resolve_dtype, row_buckets
-from streamflow.backends.torch_eager import TorchRunner
+from streamflow.backends.runtime import DETERMINISTIC_ROWS, row_buckets
+from streamflow.backends.select import TORCH, open_parts
 from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import Engine, Progress
 from streamflow.batching.slots import Image
@@ -76,6 +75,9 @@ class DenoiserStage:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        backend: str = "auto",
+        engines: Path | None = None,
+        threads: int = 0,
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
         compiled: bool = False,
@@ -84,15 +86,15 @@ class DenoiserStage:
         """Loads the denoising networks of a checkpoint, and nothing else of it.
 
         Args:
+            backend, engines, threads: see streamflow.backends.select.open_parts; `compiled` takes torch alone.
             deterministic: every network call has one row count, so a picture's bytes do not depend on its neighbours.
             compiled: a callable for each of a few row counts is compiled, by `warm_up` those for the default size.
             name: that clients use; empty = the folder's name.
         """
-        where = resolve_device(device)
+        open_part = open_parts(device, dtype, backend=TORCH if compiled else backend, engines=engines, threads=threads)
         rows = (DETERMINISTIC_ROWS,) if deterministic else row_buckets(2 * slots) if compiled else None
-        open_part = partial(TorchRunner, device=where, dtype=resolve_dtype(dtype, where))
         denoiser = load_denoiser(path, open_part, name=name, row_counts=rows)
-        return cls(denoiser, slots=slots, device=where, step=CompiledStep() if compiled else run_step)
+        return cls(denoiser, slots=slots, device=open_part.device, step=CompiledStep() if compiled else run_step)
 
     @property
     def card(self) -> ModelCard:

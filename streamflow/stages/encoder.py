@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -87,6 +86,9 @@ class EncoderStage:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        backend: str = "auto",
+        engines: Path | None = None,
+        threads: int = 0,
         max_wait_s: float = 0.004,
         deterministic: bool = False,
         slots: int = DEFAULT_SLOTS,
@@ -95,14 +97,13 @@ class EncoderStage:
         """Loads the text encoder and the VAE of a checkpoint, and nothing else of it.
 
         Args:
+            backend, engines, threads: see streamflow.backends.select.open_parts.
             name: that clients use; empty = the folder's name.
         """
-        from streamflow.backends.runtime import resolve_device, resolve_dtype
-        from streamflow.backends.torch_eager import TorchRunner
+        from streamflow.backends.select import open_parts
         from streamflow.families import describe, load_text_encoder, load_vae_encoder
 
-        where = resolve_device(device)
-        open_part = partial(TorchRunner, device=where, dtype=resolve_dtype(dtype, where))
+        open_part = open_parts(device, dtype, backend=backend, engines=engines, threads=threads)
         text = load_text_encoder(path, open_part)
         images = load_vae_encoder(path, open_part)
         card = describe(path, name)
@@ -128,7 +129,7 @@ class EncoderStage:
 
     @property
     def backend(self) -> str:
-        return "torch-eager"
+        return ", ".join(dict.fromkeys((self._text.backend, self._images.backend)))
 
     @property
     def counters(self) -> dict[str, int]:
