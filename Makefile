@@ -26,7 +26,7 @@ test: $(STAMP)  ## All tests, with real processes and a real Redis
 	$(BIN)/python -m pytest
 
 test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load; QUICK=1 for the short one
-	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults
+	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
 
 nightly: $(STAMP)  ## What takes longer: the full fault matrix, half an hour of soak, the fuzzers
 	STREAMFLOW_FAULTS_TABLE=docs/faults.md STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults

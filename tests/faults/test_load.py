@@ -12,6 +12,7 @@ from heapq import nlargest
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -20,6 +21,7 @@ import redis.asyncio as redis
 from streamflow.cli.supervisor import LocalDeployment
 from streamflow.client import AsyncClient
 from streamflow.errors import BusyError, DeadlineError
+from streamflow.transport.redis_client import MAX_CONNECTIONS
 from streamflow.types import JobState
 from tests.faults.conftest import QUICK, SOAK_S
 from tests.faults.harness import (
@@ -199,16 +201,25 @@ async def test_2_storm_over_everything(tally: Tally, tmp_path: Path) -> None:
 
 @dataclass
 class Sample:
-    """A process at a moment of the soak."""
+    """A process at a moment of the soak.
+
+    Attributes:
+        connections: between it and Redis; pools keep as many as were ever needed at once, up to a bound.
+        files: its other descriptors.
+    """
 
     requests: int
     rss_mb: float
+    connections: int
     files: int
 
 
 def sample(deployment: LocalDeployment, name: str, done: int) -> Sample:
-    process = psutil.Process(deployment.processes[name].pid)
-    return Sample(done, process.memory_info().rss / 2**20, descriptors(deployment, name))
+    process, port = psutil.Process(deployment.processes[name].pid), urlsplit(deployment.redis_url).port
+    ends = [(one.laddr.port, one.raddr.port) for one in process.net_connections("tcp") if one.raddr]
+    connections = sum(port in both for both in ends)
+    files = descriptors(deployment, name) - connections
+    return Sample(done, process.memory_info().rss / 2**20, connections, files)
 
 
 def slope_mb(samples: list[Sample]) -> float:
@@ -272,6 +283,7 @@ async def test_22_soak(tally: Tally) -> None:
     for seen in samples.values():
         files = [one.files for one in seen]
         assert files[-1] <= max(files[: half + 1]) + 5
+    assert max(one.connections for one in samples["gateway"]) <= MAX_CONNECTIONS + 2
     # Of each request its job stays for a while, and results until they are freed; nothing else.
     assert keys[-1] <= 2 * len(sent) + 50
     if SOAK_S > 4 * JOB_KEEP_S:
@@ -280,8 +292,9 @@ async def test_22_soak(tally: Tally) -> None:
 
 
 def described(samples: list[Sample]) -> str:
-    files = [one.files for one in samples]
+    files, connections = ([getattr(one, name) for one in samples] for name in ("files", "connections"))
     return (
         f"{samples[0].rss_mb:.1f} to {samples[-1].rss_mb:.1f} MiB, {slope_mb(samples):+.2f} MiB per 1,000 requests in "
-        f"the second half, descriptors {min(files)} to {max(files)}"
+        f"the second half, connections to Redis {min(connections)} to {max(connections)}, other descriptors "
+        f"{min(files)} to {max(files)}"
     )
