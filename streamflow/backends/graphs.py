@@ -68,14 +68,14 @@ class GraphStore:
     """The graphs of any number of checkpoints, in one folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
 
     def __repr__(self) -> str:
-        return f"GraphStore({self._folder})"
+        return f"GraphStore({self.folder})"
 
     def path(self, part: Part) -> Path:
         """Where its graph is, or would be."""
-        return self._folder / part.revision / f"{part.name}.onnx"
+        return self.folder / part.revision / f"{part.name}.onnx"
 
     def make(self, part: Part) -> Path:
         """Exports the part, unless that was done; of several processes one does it, and the others wait.

@@ -1,0 +1,89 @@
+"""Which backend is taken, and that it serves: the same latents from every one."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from streamflow.backends import select
+from streamflow.backends.graphs import GraphStore
+from streamflow.backends.parts import Part
+from streamflow.backends.select import Opener, open_parts
+from streamflow.errors import InvalidRequestError, NotFoundError
+from streamflow.flow.guidance import Guidance
+from streamflow.flow.programs import Role
+from streamflow.stages.decoder import DecoderStage
+from streamflow.stages.denoiser import DenoiserStage
+from streamflow.stages.encoder import EncoderStage
+from streamflow.types import DecoderKind, DenoiseJob, EncodeJob
+from tests.checkpoints import TOKENS
+
+ON_CPU = partial(Opener, device=torch.device("cpu"), dtype=torch.float32, threads=1)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_what_is_asked_for_is_taken_or_refused(parts: dict[str, Part], store: GraphStore, name: str) -> None:
+    assert ON_CPU(name, store=store)(parts["unet"]).name == name
+    with pytest.raises(NotFoundError, match="streamflow engine export"):
+        ON_CPU(name, store=GraphStore(Path("/nowhere")))(parts["unet"])
+    with pytest.raises(NotFoundError, match="no folder for graphs"):
+        ON_CPU(name)(parts["unet"])
+
+
+def test_auto_takes_the_fastest_that_is_there_and_says_why(
+    parts: dict[str, Part], store: GraphStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ON_CPU("auto", store=store)(parts["unet"]).name == "openvino"
+    real = select.find_spec
+    monkeypatch.setattr(select, "find_spec", lambda name: None if name == "openvino" else real(name))
+    assert ON_CPU("auto", store=store)(parts["unet"]).name == "onnxruntime"
+    with caplog.at_level(logging.INFO):
+        assert ON_CPU("auto", store=GraphStore(Path("/nowhere")))(parts["unet"]).name == "torch-eager"
+    assert "no graph in /nowhere" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"backend": "tensorflow"}, "backend: got 'tensorflow'"),
+        ({"backend": "onnxruntime", "dtype": "float64"}, "dtype: got 'float64'"),
+    ],
+)
+def test_what_there_is_not_is_refused(arguments: dict[str, str], says: str) -> None:
+    with pytest.raises(InvalidRequestError, match=says):
+        open_parts("cpu", **arguments)
+
+
+def test_a_precision_that_a_backend_lacks_is_refused(parts: dict[str, Part], store: GraphStore) -> None:
+    opener = Opener("onnxruntime", torch.device("cpu"), torch.bfloat16, store)
+    with pytest.raises(InvalidRequestError, match="openvino takes bfloat16"):
+        opener(parts["unet"])
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+async def test_the_stages_give_what_they_give_on_torch(sd_checkpoint: Path, store: GraphStore, backend: str) -> None:
+    def stages(backend: str) -> tuple[EncoderStage, DenoiserStage, DecoderStage]:
+        where = {"device": "cpu", "backend": backend, "engines": store.folder, "threads": 1}
+        return tuple(kind.load(sd_checkpoint, **where) for kind in (EncoderStage, DenoiserStage, DecoderStage))  # type: ignore[attr-defined, return-value]
+
+    rng = np.random.default_rng(0)
+    texts = {role: {"prompt_embeds": rng.normal(size=(TOKENS, 16)).astype(np.float32)} for role in Role}
+    jobs = [
+        DenoiseJob(texts, 2 + k, Guidance((1.0, 4.0)[k % 2]), ("euler", "H1P1R1")[k % 2], k, 64, 64) for k in range(5)
+    ]
+    image = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    found = {}
+    for name in ("torch", backend):
+        encoder, denoiser, decoder = stages(name)
+        assert {encoder.backend, denoiser.backend, decoder.backend} == {"torch-eager" if name == "torch" else name}
+        [encoded] = encoder.encode([EncodeJob({Role.TARGET: "a red circle"}, init_image=image)])
+        latents = np.stack(denoiser.run(jobs))
+        found[name] = encoded.texts[Role.TARGET]["prompt_embeds"], latents, decoder.decode(latents, DecoderKind.FULL)
+    for ours, theirs in zip(found[backend][:2], found["torch"][:2], strict=True):
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+    assert np.abs(found[backend][2].astype(int) - found["torch"][2]).max() <= 1
