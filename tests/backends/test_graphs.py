@@ -20,6 +20,9 @@ from streamflow.backends.open_vino import OpenVinoRunner
 from streamflow.backends.parts import Part, PartModule, Runner
 from streamflow.errors import InvalidRequestError, NotFoundError
 
+# The first of them exports every network of the checkpoint.
+pytestmark = pytest.mark.timeout(300)
+
 NAMES = ("text_encoder", "unet", "unet_refiner", "vae_encoder", "tiny_decoder", "vae_decoder")
 RUNTIMES: dict[str, Callable[[Path], Runner]] = {
     "onnxruntime": lambda path: OnnxRuntimeRunner(path, threads=1),
