@@ -1,0 +1,82 @@
+"""What a network call costs by its rows, C(rows) = c0 + c1 rows, and what follows from it.
+
+c0 is paid for every call however few its rows are (launches, weights read once), c1 for every row. Their quotient says
+how far batching helps: at rows = c0 / c1 a row costs twice what it costs in an endless batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+_WASTE = 0.15
+"""Of a call's time that padding may take before there is a bucket for fewer rows."""
+_NEAR = 0.1
+"""How near to an endless batch a row's cost shall be with the default number of slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of a call: `c0_s` + `c1_s` for every row."""
+
+    c0_s: float
+    c1_s: float
+
+    def __call__(self, rows: int) -> float:
+        return self.c0_s + self.c1_s * rows
+
+    def buckets(self, largest: int) -> tuple[int, ...]:
+        """Row counts to compile for, rising up to `largest`: as few as keep padding below 15 % of a call's time."""
+        found = [largest]
+        while found[-1] > 1:
+            # The most rows whose own call would be cheaper by more than that; fewer are padded to the bucket above.
+            limit = (1 - _WASTE) * self(found[-1])
+            below = min(found[-1] - 1, int((limit - self.c0_s) / self.c1_s)) if self.c1_s > 0 else 0
+            if below < 1:
+                break
+            found.append(below)
+        return tuple(reversed(found))
+
+    def slots(self, most: int) -> int:
+        """A power of two with which a row costs at most 10 % more than in an endless batch."""
+        slots = 1
+        while slots < most and self.c0_s > _NEAR * self.c1_s * slots:
+            slots *= 2
+        return slots
+
+
+def fit(seconds: Mapping[int, float]) -> Cost:
+    """The line through measured calls, by rows; neither part is negative.
+
+    Raises:
+        ValueError: fewer than two numbers of rows.
+    """
+    if len(seconds) < 2:
+        raise ValueError(f"seconds: got {len(seconds)} numbers of rows; allowed: 2 or more")
+    rows, times = np.array(list(seconds)), np.array(list(seconds.values()))
+    # Weighted, so that each is fitted as well in proportion: else the largest call alone would decide.
+    c1_s, c0_s = np.polyfit(rows, times, 1, w=1 / times)
+    if c0_s < 0:
+        return Cost(0.0, float(np.average(times / rows)))
+    return Cost(float(c0_s), 0.0) if c1_s < 0 else Cost(float(c0_s), float(c1_s))
+
+
+def measure(call: Callable[[int], None], rows: Sequence[int], *, repeats: int = 5) -> dict[int, float]:
+    """Seconds of `call(rows)`: medians of interleaved repeats, after one call each that is not counted.
+
+    Args:
+        call: makes a call of so many rows and waits for its end.
+    """
+    for count in rows:
+        call(count)
+    taken: dict[int, list[float]] = {count: [] for count in rows}
+    for _ in range(repeats):
+        for count in rows:
+            began_s = time.perf_counter()
+            call(count)
+            taken[count].append(time.perf_counter() - began_s)
+    return {count: median(times) for count, times in taken.items()}
