@@ -316,3 +316,20 @@ def test_ctrl_c_cancels_the_job_and_leaves_no_traceback() -> None:
 def _jobs(deployment: Deployment) -> list[str]:
     with Client(deployment.address) as client:
         return [job.request_id for job in client.jobs()]
+
+
+@pytest.mark.timeout(300)
+def test_engine_exports_what_is_asked_for_and_lists_what_is_there(
+    sd_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    where = ["--model", str(sd_checkpoint), "--engines", str(tmp_path)]
+    listed = run("engine", "list", *where)
+    assert listed.output.count("no graph in") == 6
+    made = run("engine", "export", *where, "--part", "tiny_decoder")
+    assert made.exit_code == 0, made.output
+    assert made.output.count("equal bits whatever the neighbours") == 2
+    assert run("engine", "list", *where).output.count("no graph in") == 5
+    refused = run("engine", "export", *where, "--part", "tiny")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("streamflow: part: got 'tiny'; allowed: text_encoder, unet")
