@@ -10,6 +10,7 @@ from pathlib import Path
 from streamflow.cli import up
 from streamflow.cli.supervisor import SERVICES, LocalDeployment
 
+SHAPES = Path(__file__).parents[2] / "models" / "shapes"
 LIGHT = {kind: (sys.executable, "-m", "tests.cli.light_service", name) for kind, name in SERVICES.items()}
 
 
@@ -21,4 +22,4 @@ class Announcing(LocalDeployment):
 
 
 if __name__ == "__main__":
-    asyncio.run(up._serve(Announcing(model=Path(__file__).parent, commands=LIGHT, grace_s=5, encoders=0, denoisers=0)))
+    asyncio.run(up._serve(Announcing(model=SHAPES, commands=LIGHT, grace_s=5, encoders=0, denoisers=0)))
