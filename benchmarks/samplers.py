@@ -16,7 +16,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from benchmarks import judge
 from streamflow.backends.base import Network
 from streamflow.backends.runtime import set_threads
 from streamflow.backends.torch_eager import TorchRunner
@@ -37,11 +38,6 @@ from streamflow.flow.programs import BASE, REFINER, Role
 from streamflow.flow.samplers import sampler_steps
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.types import DenoiseJob
-from training.attributes import labels, predictions
-from training.captions import describe
-from training.classifier import labelled_drawings, load_classifier
-from training.drawing import sample_scenes
-from training.evaluate import attribute_accuracy, frechet_distance
 from training.parts import MODEL_DIR, load_text, load_vae
 from training.pool import embed_all
 from training.sampling import decode
@@ -55,8 +51,6 @@ NAMED = (
     *(("pseudo", steps) for steps in (2, 4, 6, 8, 12, 16)),
 )
 BLOCKS = ("H1P1R2", "H1P2R1", "H1P2R2", "H1P3R2", "H1P5R2", "H1P5R3", "H2P4R2", "H1P7R4", "H1P9R2", "H5R3")
-RESAMPLES = 300
-_SCENE_SEED = 21
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ def main() -> None:
     cases = make_cases(arguments.images)
     with tempfile.TemporaryDirectory() as folder:
         stage, networks = load(variant(arguments.unet, Path(folder)), arguments.slots)
-        judge = Judge(cases)
+        figures = Judge(cases).figures
         size_px = stage.card.default_height
 
         def run(sampler: str, steps: int) -> np.ndarray:
@@ -130,7 +124,7 @@ def main() -> None:
             latents = run(sampler, steps)
             programs = stage.image(cases.jobs(sampler, steps, arguments.guidance_scale, size_px)[0], handle=0).program
             counts = {name: sum(op.rows for op in programs.ops if op.network == name) for name in networks}
-            rows.append({"sampler": sampler, "steps": steps, "rows": counts} | judge.figures(latents, reference))
+            rows.append({"sampler": sampler, "steps": steps, "rows": counts} | figures(latents, reference))
             print(rows[-1], flush=True)
     costs = {name: network.row_ms for name, network in networks.items()}
     for row in rows:
@@ -142,7 +136,7 @@ def main() -> None:
         "threads": threads,
         "torch": torch.__version__,
         "row_ms": {name: round(cost, 3) for name, cost in costs.items()},
-        "reference": judge.figures(reference, reference),
+        "reference": figures(reference, reference),
         "rows": rows,
     }
     OUT.mkdir(parents=True, exist_ok=True)
@@ -170,55 +164,25 @@ def load(folder: Path, slots: int) -> tuple[DenoiserStage, dict[str, Timed]]:
 
 
 def make_cases(count: int) -> Cases:
-    scenes = sample_scenes(count, np.random.default_rng(_SCENE_SEED), held_out=True)
-    rng = np.random.default_rng(_SCENE_SEED)
+    captions = judge.make_captions(count)
     tokenizer, encoder = load_text()
-    embeddings = embed_all(encoder, tokenize(tokenizer, [*(describe(scene, rng) for scene in scenes), ""]))
-    values = embeddings.float().numpy()
-    return Cases(values[:-1], values[-1], torch.tensor([labels(scene) for scene in scenes]))
+    values = embed_all(encoder, tokenize(tokenizer, [*captions.prompts, ""])).float().numpy()
+    return Cases(values[:-1], values[-1], captions.wanted)
 
 
 class Judge:
     """Measures latents: their error, and what the classifier sees in the pictures."""
 
     def __init__(self, cases: Cases) -> None:
-        self._wanted = cases.wanted
-        self._vae, self._classifier = load_vae().eval(), load_classifier()
-        rng = np.random.default_rng(_SCENE_SEED + 1)
-        real = [self._see(labelled_drawings(64, rng, held_out=True)[0])[0] for _ in range(0, len(cases.wanted), 64)]
-        self._real = torch.cat(real)[: len(cases.wanted)]
+        self._vae, self._judge = load_vae().eval(), judge.Judge(cases.wanted)
 
     def figures(self, latents: np.ndarray, reference: np.ndarray) -> dict[str, Any]:
         """Each figure with the ends of its 95 % interval."""
         difference = np.linalg.norm((latents - reference).reshape(len(latents), -1), axis=1)
         error = torch.from_numpy(difference / np.linalg.norm(reference.reshape(len(latents), -1), axis=1))
-        seen = [self._see(decode(self._vae, part)) for part in torch.from_numpy(latents).split(64)]
-        features, attributes = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        return {
-            "error": self._interval(lambda rows: float(error[rows].mean())),
-            "accuracy": self._interval(
-                lambda rows: attribute_accuracy(attributes[rows], self._wanted[rows])["accuracy"]
-            ),
-            "frechet": _centered(self._interval(lambda rows: frechet_distance(features[rows], self._real))),
-        }
-
-    @torch.no_grad()
-    def _see(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self._classifier(pictures)
-        return features, predictions(logits)
-
-    def _interval(self, figure: Callable[[Tensor], float]) -> list[float]:
-        """The figure over all images, and its 2.5 and 97.5 percentiles over resamples of them."""
-        count, generator = len(self._wanted), torch.Generator().manual_seed(0)
-        resampled = [figure(torch.randint(count, (count,), generator=generator)) for _ in range(RESAMPLES)]
-        values = [figure(torch.arange(count)), *np.percentile(resampled, [2.5, 97.5])]
-        return [round(float(value), 5) for value in values]
-
-
-def _centered(interval: list[float]) -> list[float]:
-    """The same width around the figure: images that are drawn twice raise the distance by themselves."""
-    value, low, high = interval
-    return [value, round(value - (high - low) / 2, 5), round(value + (high - low) / 2, 5)]
+        pictures = (decode(self._vae, part) for part in torch.from_numpy(latents).split(64))
+        of_latents = {"error": judge.interval(lambda rows: float(error[rows].mean()), len(latents))}
+        return of_latents | self._judge.figures(pictures)
 
 
 if __name__ == "__main__":

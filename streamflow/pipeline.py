@@ -14,7 +14,7 @@ from PIL import Image
 
 from streamflow.backends.runtime import set_threads
 from streamflow.batching.engine import Progress
-from streamflow.config import default_engines
+from streamflow.config import EngineSettings
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance, GuidanceMode, read_interval
 from streamflow.flow.noise import image_seed
@@ -97,7 +97,7 @@ class Pipeline:
             deterministic: equal bytes for equal requests, whatever else runs in the batch.
             threads: CPU threads in this process; None leaves torch's as they are, or sets one if deterministic.
             backend: auto, torch, onnxruntime or openvino; auto is the fastest for which there is an exported graph.
-            engines: where `streamflow engine export` put the graphs; None = in the user's cache.
+            engines: where `streamflow engine export` put the graphs; None = STREAMFLOW_ENGINES, or the user's cache.
 
         Raises:
             InvalidRequestError: the folder is no checkpoint that can be served, or a setting does not exist.
@@ -109,7 +109,7 @@ class Pipeline:
             "dtype": dtype,
             "deterministic": deterministic,
             "backend": backend,
-            "engines": engines or default_engines(),
+            "engines": engines or EngineSettings().engines,
             "threads": threads or int(deterministic),
         }
         denoiser = DenoiserStage.load(path, slots=slots, **where)  # type: ignore[arg-type]

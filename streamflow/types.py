@@ -198,7 +198,13 @@ class OutputSpec:
 
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
-    """One replica as the registry shows it; `backlog` counts entries that wait for its stage."""
+    """One replica as the registry shows it.
+
+    Attributes:
+        backlog: entries that wait for its stage.
+        call_ms, row_ms: what a network call takes: `call_ms`, and `row_ms` for each of its rows; 0 = not measured.
+        row_counts: to which network calls are padded; empty = to none.
+    """
 
     worker_id: str
     stage: Stage
@@ -211,5 +217,8 @@ class WorkerInfo:
     slots_in_use: int = 0
     backlog: int = 0
     draining: bool = False
+    call_ms: float = 0.0
+    row_ms: float = 0.0
+    row_counts: tuple[int, ...] = ()
     started_at_s: float = 0.0
     counters: Mapping[str, int] = field(default_factory=dict)

@@ -15,7 +15,7 @@ def main() -> None:
     from services.denoiser.handler import DenoiseHandler
     from services.denoiser.servicer import service
     from streamflow.host.process import StageService, run_stage
-    from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
+    from streamflow.stages.denoiser import DenoiserStage
     from streamflow.transport.base import Transport
     from streamflow.types import Stage
 
@@ -27,7 +27,7 @@ def main() -> None:
             backend=settings.backend,
             engines=settings.engines,
             threads=settings.threads or int(settings.deterministic),
-            slots=settings.slots or DEFAULT_SLOTS,
+            slots=settings.slots,
             deterministic=settings.deterministic,
             compiled=settings.compiled,
             name=settings.model_name,

@@ -13,7 +13,8 @@ class Network(Protocol):
 
     Attributes:
         name: of the backend, such as "torch-eager".
-        row_counts: the row counts that it was compiled for, rising, 2 or more at the end; None = any.
+        row_counts: pad every call to one of these, rising, 2 or more at the end; None = any. What it was compiled for,
+            or a single one, so that where it is not row-invariant a row has the same bits nevertheless.
         row_invariant: whether a row's output has the same bits whatever the other rows are and however many.
         takes_velocity: a refiner, which sees the last velocity behind the latents: float32 [rows, 2 C, H, W].
     """

@@ -6,9 +6,14 @@ how far batching helps: at rows = c0 / c1 a row costs twice what it costs in an 
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -41,9 +46,9 @@ class Cost:
             found.append(below)
         return tuple(reversed(found))
 
-    def slots(self, most: int) -> int:
+    def slots(self, *, least: int, most: int) -> int:
         """A power of two with which a row costs at most 10 % more than in an endless batch."""
-        slots = 1
+        slots = least
         while slots < most and self.c0_s > _NEAR * self.c1_s * slots:
             slots *= 2
         return slots
@@ -65,18 +70,61 @@ def fit(seconds: Mapping[int, float]) -> Cost:
     return Cost(float(c0_s), 0.0) if c1_s < 0 else Cost(float(c0_s), float(c1_s))
 
 
-def measure(call: Callable[[int], None], rows: Sequence[int], *, repeats: int = 5) -> dict[int, float]:
+def measure(
+    call: Callable[[int], None], rows: Sequence[int], *, repeats: int = 5, budget_s: float = math.inf
+) -> dict[int, float]:
     """Seconds of `call(rows)`: medians of interleaved repeats, after one call each that is not counted.
 
     Args:
         call: makes a call of so many rows and waits for its end.
+        rows: rising; two or more.
+        budget_s: when it is spent no more is measured than two counts, once.
     """
+    ends_s = time.perf_counter() + budget_s
+    taken: dict[int, list[float]] = {}
     for count in rows:
+        if len(taken) >= 2 and time.perf_counter() > ends_s:
+            break
         call(count)
-    taken: dict[int, list[float]] = {count: [] for count in rows}
-    for _ in range(repeats):
-        for count in rows:
+        taken[count] = []
+    for repeat in range(repeats):
+        if repeat and time.perf_counter() > ends_s:
+            break
+        for count, times in taken.items():
             began_s = time.perf_counter()
             call(count)
-            taken[count].append(time.perf_counter() - began_s)
+            times.append(time.perf_counter() - began_s)
     return {count: median(times) for count, times in taken.items()}
+
+
+def remembered(path: Path | None, key: str, measured: Callable[[], Cost]) -> Cost:
+    """What was measured before on this machine, or is now and written down for the next time.
+
+    Args:
+        path: a JSON file; None = measured every time.
+        key: all that the figures depend on.
+    """
+    known = _read(path) if path is not None else {}
+    if key not in known:
+        known[key] = measured()
+        if path is not None:
+            _write(path, known)
+    return known[key]
+
+
+def _read(path: Path) -> dict[str, Cost]:
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        return {key: Cost(float(c0_s), float(c1_s)) for key, (c0_s, c1_s) in said.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        # Not there, or not ours: it is measured anew.
+        return {}
+
+
+def _write(path: Path, known: Mapping[str, Cost]) -> None:
+    """Atomic; a folder that cannot be written to costs no more than the time to measure again."""
+    made = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made.write_text(json.dumps({key: astuple(cost) for key, cost in known.items()}, indent=1) + "\n", "utf-8")
+        os.replace(made, path)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -21,7 +19,7 @@ _MOST_INLINE_BYTES = 1_500_000_000
 
 
 def export(part: Part, path: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the graph; a file that is there is replaced at once or not at all.
+    """Writes the graph, and its weights beside it where they are too many for one file.
 
     Args:
         dtype: of weights and computation. Inputs and output are float32 whatever it is.
@@ -52,14 +50,9 @@ def export(part: Part, path: Path, *, dtype: torch.dtype = torch.float32) -> Non
             verbose=False,
         )
     assert program is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = sum(weights.numel() * weights.element_size() for weights in module.state_dict().values())
-    with TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        program.save(made, external_data=size > _MOST_INLINE_BYTES)
-        onnx.checker.check_model(made)
-        for file in Path(folder).iterdir():
-            os.replace(file, path.parent / file.name)
+    program.save(path, external_data=size > _MOST_INLINE_BYTES)
+    onnx.checker.check_model(path)
 
 
 @contextmanager

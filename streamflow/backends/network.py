@@ -13,17 +13,13 @@ class PartNetwork:
     """Implements `base.Network` with a runner whose inputs are `latents`, `timestep` and the conditioning.
 
     Args:
-        row_counts: pad every call to one of these; None = any. One count alone makes the output independent of how
-            many rows are asked for, where the runner itself is not row-invariant.
         takes_velocity: see Network.
     """
 
-    def __init__(
-        self, runner: Runner, *, row_counts: tuple[int, ...] | None = None, takes_velocity: bool = False
-    ) -> None:
+    def __init__(self, runner: Runner, *, takes_velocity: bool = False) -> None:
         self._runner = runner
         self.name, self.row_invariant = runner.name, runner.row_invariant
-        self.row_counts, self.takes_velocity = row_counts, takes_velocity
+        self.row_counts, self.takes_velocity = runner.row_counts, takes_velocity
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         return self._runner({"latents": latents, "timestep": timestep, **conditioning})

@@ -25,6 +25,7 @@ class OnnxRuntimeRunner:
 
     name = "onnxruntime"
     row_invariant = True
+    row_counts = None
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         try:

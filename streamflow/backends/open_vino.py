@@ -28,6 +28,7 @@ class OpenVinoRunner:
 
     name = "openvino"
     row_invariant = True
+    row_counts = None
 
     def __init__(self, path: Path, *, threads: int = 0, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in _PRECISIONS:

@@ -39,7 +39,8 @@ class Part:
         revision: of the checkpoint's weights; a graph of another one is not this part.
         inputs: by name, in the order in which `call` takes them.
         output: the name of what comes out, [rows, ...].
-        sizes: of the named axes besides rows, in examples.
+        sizes: of the named axes besides rows, in examples: "height" and "width", or none.
+        unit_px: pixels of the picture in one unit of its height and width.
         load: reads the weights; the module is in eval mode, on the device, in the precision.
         call: (module, *inputs) -> output, made of what can be exported.
     """
@@ -51,6 +52,7 @@ class Part:
     load: Callable[[torch.device, torch.dtype], nn.Module]
     call: Callable[..., Tensor]
     sizes: Mapping[str, int] = field(default_factory=dict)
+    unit_px: int = 1
 
     def example(self, rows: int, *, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
         """Random inputs, with rows that differ in all of them."""
@@ -72,6 +74,11 @@ class Runner(Protocol):
 
     name: str
     row_invariant: bool
+
+    @property
+    def row_counts(self) -> tuple[int, ...] | None:
+        """Those for which it was compiled, rising; None = any. It takes others too, padded or in parts."""
+        ...
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Args: inputs: all that the part has, by name. Returns: float32 [rows, ...], the caller's own."""

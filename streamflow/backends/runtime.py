@@ -14,11 +14,6 @@ DETERMINISTIC_ROWS = 8
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def row_buckets(largest: int) -> tuple[int, ...]:
-    """Powers of two up to `largest`, which is the last: the row counts that networks are compiled for."""
-    return (*(2**k for k in range(largest.bit_length()) if 2**k < largest), largest)
-
-
 def resolve_device(device: str = "auto") -> torch.device:
     """`auto` is the first GPU where there is one. Raises InvalidRequestError for a device that is not there."""
     if device == "auto":

@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from streamflow.backends.engine_cache import HEIGHT, WIDTH, EngineCache, Profiles
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.onnx_runtime import OnnxRuntimeRunner
 from streamflow.backends.open_vino import OpenVinoRunner
 from streamflow.backends.parts import Part, Runner
 from streamflow.backends.runtime import resolve_device, resolve_dtype
+from streamflow.backends.tensorrt_runtime import TensorRtRunner, platform
 from streamflow.backends.torch_eager import TorchRunner
-from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError
+from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.telemetry import get_logger
 
-AUTO, TORCH = "auto", "torch"
+AUTO, TORCH, TENSORRT = "auto", "torch", "tensorrt"
 ON_CPU = {"openvino": OpenVinoRunner, "onnxruntime": OnnxRuntimeRunner}
 """That run exported graphs on a CPU, the fastest first."""
-BACKENDS = (AUTO, TORCH, *ON_CPU)
+BACKENDS = (AUTO, TENSORRT, TORCH, *ON_CPU)
 
-_MOST_ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+_MOST_ERROR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
+_MOST_ROWS = 8
 
 _log = get_logger(__name__)
 
 
 def open_parts(
-    device: str = "auto", dtype: str = "auto", *, backend: str = AUTO, engines: Path | None = None, threads: int = 0
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    backend: str = AUTO,
+    engines: Path | None = None,
+    threads: int = 0,
+    rows: int = _MOST_ROWS,
 ) -> Opener:
     """By what users write.
 
     Args:
-        engines: where exported graphs are; None = nowhere.
+        engines: where exported graphs and engines are; None = nowhere.
+        rows: see Opener.
 
     Raises:
         InvalidRequestError: one of them does not exist, or not together.
     """
     where = resolve_device(device)
     store = None if engines is None else GraphStore(engines)
-    return Opener(backend, where, resolve_dtype(dtype, where), store, threads)
+    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +59,10 @@ class Opener:
     """Opens parts on one device; it is an `OpenPart`.
 
     Args:
-        backend: one of `BACKENDS`; auto takes what runs exported graphs where one is there, and torch otherwise.
+        backend: one of `BACKENDS`; auto takes what runs graphs or engines where one is there, and torch otherwise.
         dtype: in which it computes.
         threads: of one call; 0 = all.
+        rows: that an engine must take in one call.
 
     Raises:
         InvalidRequestError: a backend that there is not, or not on this device or in this precision.
@@ -61,41 +73,49 @@ class Opener:
     dtype: torch.dtype
     store: GraphStore | None = None
     threads: int = 0
+    rows: int = _MOST_ROWS
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise InvalidRequestError("backend", self.backend, ", ".join(BACKENDS))
-        if self.backend in ON_CPU and self.device.type != "cpu":
-            raise InvalidRequestError("backend", f"{self.backend} on {self.device}", "torch there", "or --device cpu")
+        if self.backend not in (AUTO, TORCH, *self._others()):
+            allowed = ", ".join((AUTO, TORCH, *self._others()))
+            where = "cpu" if self.backend in ON_CPU else "cuda"
+            raise InvalidRequestError("backend", f"{self.backend} on {self.device}", allowed, f"or --device {where}")
 
     def __call__(self, part: Part) -> Runner:
-        """Raises NotFoundError without the graph that the backend needs, UnavailableError without its library."""
-        if self.backend == TORCH or (self.backend == AUTO and self.device.type != "cpu"):
-            return self._torch(part)
-        if self.backend != AUTO:
-            return self._graph(part, self.backend)
-        why = "no runtime for graphs is installed"
-        for name in ON_CPU:
-            if find_spec(name) is None:
+        """Raises NotFoundError without the graph or engine that it needs, UnavailableError without its library."""
+        if self.backend == AUTO:
+            return self._fastest(part)
+        return self._torch(part) if self.backend == TORCH else self._tested(part, self.backend)
+
+    def _others(self) -> Sequence[str]:
+        """Backends besides torch that this device has, the fastest first."""
+        return (TENSORRT,) if self.device.type == "cuda" else tuple(ON_CPU)
+
+    def _fastest(self, part: Part) -> Runner:
+        why = "no other runtime is installed"
+        for name in self._others():
+            if name in ON_CPU and find_spec(name) is None:
                 continue
             try:
-                runner = self._graph(part, name)
-            except (NotFoundError, InvalidRequestError, GenerationError) as error:
+                return self._tested(part, name)
+            except (NotFoundError, InvalidRequestError, GenerationError, UnavailableError) as error:
                 why = str(error)
-                continue
-            return runner
         _log.info("backend", part=part.name, backend=TORCH, why=why)
         return self._torch(part)
 
     def _torch(self, part: Part) -> Runner:
         return TorchRunner(part, device=self.device, dtype=self.dtype)
 
-    def _graph(self, part: Part, name: str) -> Runner:
+    def _tested(self, part: Part, name: str) -> Runner:
+        """A runner of a graph or an engine that has passed the graph's own test."""
         if self.store is None:
             raise NotFoundError(f"{part.name}: no folder for graphs was given (engines)")
-        path = self.store.find(part)
-        runner = self._open(name, path)
-        tested = self.store.test(part, runner)
+        # Engines are built from graphs of their own precision, the CPU runtimes convert while they load.
+        exported = self.dtype if name == TENSORRT else torch.float32
+        runner = self._open(part, name, self.store)
+        tested = self.store.test(part, runner, exported)
         most = _MOST_ERROR[self.dtype]
         if not tested.error <= most:
             raise GenerationError(f"{part.name}: {name} is off by {tested.error:.1e} of torch, more than {most:g}")
@@ -105,10 +125,19 @@ class Opener:
         )
         return runner
 
-    def _open(self, name: str, path: Path) -> Runner:
+    def _open(self, part: Part, name: str, store: GraphStore) -> Runner:
+        if name == TENSORRT:
+            cache = EngineCache(store, platform(self.device), dtype=self.dtype)
+            return TensorRtRunner(cache.find(part, self._wanted(part)), part, device=self.device)
+        path = store.find(part)
         if name == "openvino":
             return OpenVinoRunner(path, threads=self.threads, dtype=self.dtype)
         if self.dtype is not torch.float32:
             given = str(self.dtype).removeprefix("torch.")
             raise InvalidRequestError("dtype", given, "float32 with onnxruntime", "openvino takes bfloat16")
         return OnnxRuntimeRunner(path, threads=self.threads)
+
+    def _wanted(self, part: Part) -> Profiles:
+        """The model's own size; others are served where the engine takes them."""
+        size = (part.sizes.get(HEIGHT, 0) * part.unit_px, part.sizes.get(WIDTH, 0) * part.unit_px)
+        return Profiles((self.rows,), (size,))

@@ -20,6 +20,7 @@ class TorchRunner:
     name = "torch-eager"
     # Kernels are chosen by the number of rows, and sum in other orders.
     row_invariant = False
+    row_counts = None
 
     def __init__(self, part: Part, *, device: torch.device, dtype: torch.dtype) -> None:
         self._names = tuple(part.inputs)

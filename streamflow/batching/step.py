@@ -54,6 +54,13 @@ class Selection:
     negatives: Tensor
     draws: Tensor | None
 
+    def copy_(self, other: Selection) -> None:
+        """Takes over the values of another one of the same sizes."""
+        for name in ("slots", "ops", "positions", "roles", "negatives", "draws"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None:
+                mine.copy_(theirs, non_blocking=True)
+
 
 StepFunction = Callable[[SlotTable, Sequence[Slot], Network], Step]
 
@@ -88,6 +95,15 @@ def select(table: SlotTable, slots: Sequence[Slot], plan: RowPlan, terms: Term, 
     chosen, ops, positions, roles, negatives = torch.split(index, [count, count, rows, rows, count])
     draws = _draws(slots, spare, table.layout.latents).to(device, non_blocking=True) if Term.DRAW in terms else None
     return Selection(chosen, ops, positions, roles, negatives, draws)
+
+
+def spare_selection(table: SlotTable, rows: int, terms: Term) -> Selection:
+    """A step of so many rows in which nothing happens but on the table's spare row."""
+    device = table.latents.device
+    spare = torch.full((rows,), table.capacity, device=device)
+    numbers, zeros = torch.arange(rows, device=device), torch.zeros_like(spare)
+    draws = torch.zeros(rows, *table.layout.latents, device=device) if Term.DRAW in terms else None
+    return Selection(spare, zeros, numbers, zeros.clone(), numbers.clone(), draws)
 
 
 def advance(network: Network, table: SlotTable, selection: Selection, terms: Term) -> Tensor | None:

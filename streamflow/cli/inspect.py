@@ -16,7 +16,7 @@ from streamflow.types import JobState
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from streamflow.client import Client, Job, Status
+    from streamflow.client import Client, Job, StageStatus, Status
 
 _REFRESH_S = 1.0
 
@@ -141,7 +141,7 @@ def _status_table(status: Status) -> Table:
             stage.stage,
             stage.worker_id,
             f"{stage.model} {stage.model_revision[:12]}",
-            f"{stage.backend} on {stage.device}",
+            f"{stage.backend} on {stage.device}" + _cost(stage),
             f"{stage.slots_in_use} / {stage.slots}",
             stage.backlog,
             "draining" if stage.draining else _duration(stage.uptime_s),
@@ -153,6 +153,12 @@ def _status_table(status: Status) -> Table:
     shown = table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=[*rows, *missing])
     shown.title = f"{status.model}: {len(status.stages)} replicas, {status.waiting} images waiting"
     return shown
+
+
+def _cost(stage: StageStatus) -> str:
+    if not stage.call_ms + stage.row_ms:
+        return ""
+    return f"\n{stage.call_ms:.1f} + {stage.row_ms:.1f} ms/row"
 
 
 def _job_table(found: Sequence[Job]) -> Table:

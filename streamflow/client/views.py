@@ -124,7 +124,13 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One replica of a stage; `backlog` counts what waits for the stage, over all replicas."""
+    """One replica of a stage.
+
+    Attributes:
+        backlog: what waits for the stage, over all replicas.
+        call_ms, row_ms: what a network call takes: `call_ms`, and `row_ms` for each of its rows; 0 = not measured.
+        row_counts: to which network calls are padded; empty = to none.
+    """
 
     stage: str
     worker_id: str
@@ -137,6 +143,9 @@ class StageStatus:
     backlog: int
     draining: bool
     uptime_s: float
+    call_ms: float
+    row_ms: float
+    row_counts: tuple[int, ...]
     counters: Mapping[str, int] = field(repr=False)
 
     @classmethod
@@ -153,6 +162,9 @@ class StageStatus:
             backlog=status.backlog,
             draining=status.draining,
             uptime_s=status.uptime_s,
+            call_ms=status.call_ms,
+            row_ms=status.row_ms,
+            row_counts=tuple(status.row_counts),
             counters=dict(status.counters),
         )
 

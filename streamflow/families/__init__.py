@@ -72,12 +72,9 @@ def load_decoder(path: Path | str, kind: DecoderKind, open_part: OpenPart) -> La
     return decoder
 
 
-def load_denoiser(
-    path: Path | str, open_part: OpenPart, *, name: str = "", row_counts: tuple[int, ...] | None = None
-) -> Denoiser:
-    """Args: row_counts: pad every network call to one of these; None = any."""
+def load_denoiser(path: Path | str, open_part: OpenPart, *, name: str = "") -> Denoiser:
     with _loading(path, name) as (family, about):
-        denoiser: Denoiser = family.load_denoiser(**about, open_part=open_part, row_counts=row_counts)
+        denoiser: Denoiser = family.load_denoiser(**about, open_part=open_part)
     return denoiser
 
 

@@ -106,15 +106,12 @@ def load_decoder(folder: Path, kind: DecoderKind, *, card: ModelCard, open_part:
     return Decoder(open_part(_decoder(folder, kind, card)))
 
 
-def load_denoiser(
-    folder: Path, *, card: ModelCard, open_part: OpenPart, row_counts: tuple[int, ...] | None
-) -> Denoiser:
+def load_denoiser(folder: Path, *, card: ModelCard, open_part: OpenPart) -> Denoiser:
     from streamflow.backends.network import PartNetwork
 
-    networks = {BASE: PartNetwork(open_part(_unet(folder, UNET, card)), row_counts=row_counts)}
+    networks = {BASE: PartNetwork(open_part(_unet(folder, UNET, card)))}
     if card.flow.refiner is not None:
-        refiner = open_part(_unet(folder, UNET_REFINER, card))
-        networks[REFINER] = PartNetwork(refiner, row_counts=row_counts, takes_velocity=True)
+        networks[REFINER] = PartNetwork(open_part(_unet(folder, UNET_REFINER, card)), takes_velocity=True)
     width = read_json(folder, "unet/config.json")["cross_attention_dim"]
     return Denoiser(networks, card, {"prompt_embeds": (card.max_prompt_tokens, width)})
 
@@ -160,7 +157,7 @@ def _unet(folder: Path, name: str, card: ModelCard) -> Part:
         "timestep": Input((ROWS,), below=1000, exact=True),
         "prompt_embeds": Input((ROWS, card.max_prompt_tokens, config["cross_attention_dim"])),
     }
-    return Part(name, card.revision, inputs, "velocity", load, _call_unet, _latent_size(card))
+    return Part(name, card.revision, inputs, "velocity", load, _call_unet, _latent_size(card), card.latent_factor)
 
 
 def _vae_encoder(folder: Path, card: ModelCard) -> Part:
@@ -183,14 +180,14 @@ def _decoder(folder: Path, kind: DecoderKind, card: ModelCard) -> Part:
     from streamflow.backends.parts import ROWS, Input, Part
 
     latents = {"latents": Input((ROWS, card.latent_channels, "height", "width"))}
-    size = _latent_size(card)
+    size, factor = _latent_size(card), card.latent_factor
     if kind is DecoderKind.FULL:
-        return Part(
-            "vae_decoder", card.revision, latents, "images", partial(_load_vae, folder), _call_vae_decoder, size
-        )
+        load = partial(_load_vae, folder)
+        return Part("vae_decoder", card.revision, latents, "images", load, _call_vae_decoder, size, factor)
     if not (folder / "tiny_vae").is_dir():
         raise InvalidRequestError("decoder", kind.value, "full", f"{folder} has no tiny_vae folder")
-    return Part("tiny_decoder", card.revision, latents, "images", partial(_load_tiny, folder), _call_tiny_decoder, size)
+    load = partial(_load_tiny, folder)
+    return Part("tiny_decoder", card.revision, latents, "images", load, _call_tiny_decoder, size, factor)
 
 
 def _latent_size(card: ModelCard) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typing import Protocol, Self
 
 import grpc.aio
 
+from streamflow.backends.cost import Cost
 from streamflow.config import StageSettings
 from streamflow.errors import InvalidRequestError, UnavailableError
 from streamflow.rpc.convert import worker_to_pb
@@ -33,6 +34,14 @@ class HostedStage(Protocol):
 
     @property
     def slots(self) -> int: ...
+
+    @property
+    def cost(self) -> Cost | None:
+        """Of a network call, where it was measured."""
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """To which network calls are padded."""
 
     @property
     def counters(self) -> Mapping[str, int]: ...
@@ -101,7 +110,7 @@ class StageControl:
 
     def info(self) -> WorkerInfo:
         """The replica as the registry shows it."""
-        card = self._hosted.card
+        card, cost = self._hosted.card, self._hosted.cost
         return WorkerInfo(
             worker_id=self._worker_id,
             stage=self._stage,
@@ -111,6 +120,9 @@ class StageControl:
             backend=self._hosted.backend,
             device=self._device,
             slots=self._hosted.slots,
+            call_ms=1000 * cost.c0_s if cost else 0.0,
+            row_ms=1000 * cost.c1_s if cost else 0.0,
+            row_counts=self._hosted.row_counts,
             started_at_s=self._started_at_s,
             counters={**self._hosted.counters, **self._handler.counters},
         )

@@ -145,6 +145,9 @@ def worker_to_pb(
         draining=worker.draining,
         uptime_s=max(0.0, now_s - worker.started_at_s) if worker.started_at_s else 0.0,
         counters=worker.counters,
+        call_ms=worker.call_ms,
+        row_ms=worker.row_ms,
+        row_counts=worker.row_counts,
     )
 
 

@@ -100,6 +100,9 @@ class DecoderStage:
             slots=slots,
         )
 
+    cost = None
+    row_counts: tuple[int, ...] = ()
+
     async def __aenter__(self) -> Self:
         self._pool = await ImagePool(self._image_workers).__aenter__()
         return self

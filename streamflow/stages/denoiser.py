@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from streamflow.backends.runtime import DETERMINISTIC_ROWS, row_buckets
+from streamflow.backends.cost import Cost
 from streamflow.backends.select import TORCH, open_parts
 from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import Engine, Progress
@@ -27,6 +27,7 @@ from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler, parse_sampler, sampler_steps
 from streamflow.stages.runner import EngineRunner, TickRecord
+from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, measured_cost, pad, pad_to_one
 from streamflow.telemetry import get_logger
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
 
@@ -51,6 +52,7 @@ class DenoiserStage:
         denoiser: networks and flow of the checkpoint.
         slots: images at once.
         step: how a group of slots makes a step.
+        cost: of a call of the base network, where it was measured.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class DenoiserStage:
         slots: int = DEFAULT_SLOTS,
         device: torch.device | str = "cpu",
         step: StepFunction = run_step,
+        cost: Cost | None = None,
     ) -> None:
+        self.cost = cost
         self._denoiser = denoiser
         self._engine = Engine(denoiser.networks, capacity=slots, device=device, step=step)
         self._handles: Iterator[int] = itertools.count()
@@ -87,14 +91,25 @@ class DenoiserStage:
 
         Args:
             backend, engines, threads: see streamflow.backends.select.open_parts; `compiled` takes torch alone.
-            deterministic: every network call has one row count, so a picture's bytes do not depend on its neighbours.
+            slots: images at once; 0 = as many as its measured cost asks for.
+            deterministic: a picture's bytes do not depend on its neighbours; every network call has one row count,
+                unless they do not anyway.
             compiled: a callable for each of a few row counts is compiled, by `warm_up` those for the default size.
             name: that clients use; empty = the folder's name.
         """
-        open_part = open_parts(device, dtype, backend=TORCH if compiled else backend, engines=engines, threads=threads)
-        rows = (DETERMINISTIC_ROWS,) if deterministic else row_buckets(2 * slots) if compiled else None
-        denoiser = load_denoiser(path, open_part, name=name, row_counts=rows)
-        return cls(denoiser, slots=slots, device=open_part.device, step=CompiledStep() if compiled else run_step)
+        chosen = TORCH if compiled else backend
+        open_part = open_parts(
+            device, dtype, backend=chosen, engines=engines, threads=threads, rows=2 * (slots or LEAST_SLOTS)
+        )
+        denoiser = load_denoiser(path, open_part, name=name)
+        cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)
+        slots = slots or cost.slots(least=LEAST_SLOTS, most=MOST_SLOTS)
+        if deterministic:
+            pad_to_one(denoiser)
+        elif compiled:
+            pad(denoiser, cost.buckets(2 * slots))
+        step = CompiledStep() if compiled else run_step
+        return cls(denoiser, slots=slots, device=open_part.device, step=step, cost=cost)
 
     @property
     def card(self) -> ModelCard:
@@ -103,6 +118,11 @@ class DenoiserStage:
     @property
     def backend(self) -> str:
         return self._denoiser.networks["base"].name
+
+    @property
+    def row_counts(self) -> tuple[int, ...]:
+        """To which network calls are padded; empty = to none."""
+        return self._denoiser.networks["base"].row_counts or ()
 
     @property
     def slots(self) -> int:

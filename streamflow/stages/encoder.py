@@ -109,6 +109,9 @@ class EncoderStage:
         card = describe(path, name)
         return cls(text, images, card, max_wait_s=max_wait_s, deterministic=deterministic, slots=slots)
 
+    cost = None
+    row_counts: tuple[int, ...] = ()
+
     async def __aenter__(self) -> Self:
         return self
 

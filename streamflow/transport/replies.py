@@ -89,7 +89,8 @@ def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:
     try:
         lapses, info = value.split(b" ", 1)
         known = {name: said for name, said in json.loads(info).items() if name in WorkerInfo.__dataclass_fields__}
-        return WorkerInfo(**{**known, "stage": Stage(known["stage"])}), float(lapses)
+        of_ours = {"stage": Stage(known["stage"]), "row_counts": tuple(known.get("row_counts", ()))}
+        return WorkerInfo(**{**known, **of_ours}), float(lapses)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("an entry of the registry cannot be read: %s", error)
         return None

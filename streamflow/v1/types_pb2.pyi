@@ -233,7 +233,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("stage", "worker_id", "model", "model_revision", "backend", "device", "slots", "slots_in_use", "backlog", "draining", "uptime_s", "counters")
+    __slots__ = ("stage", "worker_id", "model", "model_revision", "backend", "device", "slots", "slots_in_use", "backlog", "draining", "uptime_s", "counters", "call_ms", "row_ms", "row_counts")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +253,9 @@ class StageStatus(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    CALL_MS_FIELD_NUMBER: _ClassVar[int]
+    ROW_MS_FIELD_NUMBER: _ClassVar[int]
+    ROW_COUNTS_FIELD_NUMBER: _ClassVar[int]
     stage: str
     worker_id: str
     model: str
@@ -265,7 +268,10 @@ class StageStatus(_message.Message):
     draining: bool
     uptime_s: float
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, stage: _Optional[str] = ..., worker_id: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., slots: _Optional[int] = ..., slots_in_use: _Optional[int] = ..., backlog: _Optional[int] = ..., draining: bool = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    call_ms: float
+    row_ms: float
+    row_counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stage: _Optional[str] = ..., worker_id: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., slots: _Optional[int] = ..., slots_in_use: _Optional[int] = ..., backlog: _Optional[int] = ..., draining: bool = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., call_ms: _Optional[float] = ..., row_ms: _Optional[float] = ..., row_counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_s",)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
-from streamflow.backends.cost import Cost, fit, measure
+from streamflow.backends.cost import Cost, fit, measure, remembered
 
 
 def test_a_line_is_found_again() -> None:
@@ -37,12 +38,38 @@ def test_buckets_waste_little_and_are_few(cost: Cost, largest: int) -> None:
 
 
 def test_slots_are_enough_to_share_what_every_call_costs() -> None:
-    assert Cost(0.0, 0.001).slots(64) == 1
-    assert Cost(0.0016, 0.001).slots(64) == 16
-    assert Cost(1.0, 0.001).slots(64) == 64
+    assert Cost(0.0, 0.001).slots(least=4, most=64) == 4
+    assert Cost(0.0016, 0.001).slots(least=4, most=64) == 16
+    assert Cost(1.0, 0.001).slots(least=4, most=64) == 64
 
 
 def test_measuring_calls_every_number_of_rows_as_often() -> None:
     calls: list[int] = []
     assert set(measure(calls.append, [1, 4], repeats=3)) == {1, 4}
     assert calls == [1, 4] * 4
+
+
+def test_measuring_ends_with_its_budget() -> None:
+    calls: list[int] = []
+    assert set(measure(calls.append, [1, 2, 4, 8], repeats=3, budget_s=0.0)) == {1, 2}
+    assert calls == [1, 2] * 2
+
+
+def test_what_was_measured_is_remembered(tmp_path: Path) -> None:
+    path, asked = tmp_path / "engines" / "costs.json", []
+
+    def measured() -> Cost:
+        asked.append(1)
+        return Cost(0.1, float(len(asked)))
+
+    assert [remembered(path, key, measured).c1_s for key in ("a", "b", "a", "b")] == [1, 2, 1, 2]
+    assert remembered(None, "a", measured).c1_s == 3
+    path.write_text('["what is this"]')
+    assert remembered(path, "a", measured).c1_s == 4
+    assert remembered(path, "a", measured).c1_s == 4
+
+
+def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.touch()
+    assert remembered(blocked / "costs.json", "a", lambda: Cost(1.0, 2.0)) == Cost(1.0, 2.0)

@@ -20,7 +20,6 @@ ARGUMENTS = {
     "get_tensor_shape": 1,
     "set_tensor_address": 2,
     "execute_async_v3": 1,
-    "get_tensor_profile_shape": 2,
     "get_tensor_dtype": 1,
 }
 

@@ -68,6 +68,9 @@ class Watched(Field):
 
 
 FLOW = FlowSpec(evaluates_data=True, refiner=RefinerSpec(max_step=1.0))
+EAGER = CompiledStep("eager")
+# As on a GPU, where the launch is a CUDA graph: with tensors that stay, of which a step is a copy.
+KEPT = CompiledStep(None, capture=lambda launch: launch)
 BIAS = {Role.NEGATIVE: -0.25, Role.SOURCE: 0.125}
 
 
@@ -225,8 +228,8 @@ def test_inpainting_keeps_what_is_outside_the_mask() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("compiler", ["eager", "inductor"])
-def test_compiled_steps_give_what_the_definition_gives(compiler: str) -> None:
+@pytest.mark.parametrize("step", [EAGER, CompiledStep("inductor"), KEPT], ids=["eager", "inductor", "kept"])
+def test_compiled_steps_give_what_the_definition_gives(step: StepFunction) -> None:
     specs = [
         image(0, steps=3, guidance=2.0),
         image(1, steps=3),
@@ -235,7 +238,7 @@ def test_compiled_steps_give_what_the_definition_gives(compiler: str) -> None:
         image(4, sampler="flowedit", strength=1.0, steps=2),
         image(5, sampler="flowedit", strength=1.0, steps=2, mask=torch.full((3, 3), 0.5)),
     ]
-    engine = Engine(networks((2, 4, 8)), capacity=3, step=CompiledStep(compiler))
+    engine = Engine(networks((2, 4, 8)), capacity=3, step=step)
     done = drive(engine, list(specs))
     for spec in specs:
         torch.testing.assert_close(done[spec.handle].double(), alone(spec), rtol=1e-4, atol=1e-4)
@@ -470,7 +473,7 @@ def test_residual_guidance_runs_beside_others() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-@pytest.mark.parametrize("step", [run_step, CompiledStep("eager")], ids=["plain", "compiled"])
+@pytest.mark.parametrize("step", [run_step, EAGER, KEPT], ids=["plain", "compiled", "kept"])
 def test_many_sizes_do_not_fill_the_memory(step: StepFunction) -> None:
     engine = Engine({"base": Field((1,))}, capacity=1, step=step)
     alive: WeakSet[SlotTable] = WeakSet()
@@ -482,8 +485,9 @@ def test_many_sizes_do_not_fill_the_memory(step: StepFunction) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
-def test_a_compiled_step_goes_on_where_programs_outgrow_their_table() -> None:
-    engine = Engine({"base": Field((1,))}, capacity=1, step=CompiledStep("eager"))
+@pytest.mark.parametrize("step", [EAGER, KEPT], ids=["compiled", "kept"])
+def test_a_compiled_step_goes_on_where_programs_outgrow_their_table(step: StepFunction) -> None:
+    engine = Engine({"base": Field((1,))}, capacity=1, step=step)
     for steps in (8, 40, 100):
         spec = image(0, steps=steps)
         torch.testing.assert_close(drive(engine, [spec])[0].double(), alone(spec), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,306 @@
+"""Ways to make pictures of prompts, each in a process of its own, so that they share neither threads nor memory.
+
+A contestant is fed prompts in laps and stays as it is between them: its running batch is full when a lap begins and
+when it ends, as it is under steady load.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+STEPS = 4
+DIFFUSERS, STATIC, RUNNING = "diffusers", "static", "running"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One way.
+
+    Attributes:
+        name: in tables.
+        way: `diffusers` and `static` make `slots` pictures together from beginning to end; in a `running` batch of so
+            many slots pictures join and leave at every step.
+        single_rows: a network call for every row, as engines need that take one timestep a call.
+    """
+
+    name: str
+    way: str
+    decoder: str = "full"
+    backend: str = "torch"
+    dtype: str = "float32"
+    slots: int = 1
+    single_rows: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where they run."""
+
+    model: Path
+    engines: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One picture; its number is its seed too."""
+
+    number: int
+    prompt: str
+
+
+@dataclass
+class Lap:
+    """What came out while the prompts of a lap went in.
+
+    Attributes:
+        pictures: uint8 [H, W, 3] by number; some may have been asked for in the lap before.
+        latencies_s: of each, from when it was taken up until its pixels were there.
+        energy_j: of the GPU; None where it does not say.
+    """
+
+    seconds: float = 0.0
+    pictures: dict[int, np.ndarray] = field(default_factory=dict)
+    latencies_s: list[float] = field(default_factory=list)
+    peak_mib: float = 0.0
+    energy_j: float | None = None
+
+
+class Stopwatch:
+    """How long pictures take; between laps it stands still."""
+
+    def __init__(self) -> None:
+        self._ran_s, self._since_s = 0.0, time.perf_counter()
+        self._began_s: dict[int, float] = {}
+
+    def start(self) -> None:
+        self._since_s = time.perf_counter()
+
+    def stop(self) -> float:
+        """Seconds since its start."""
+        lap_s = time.perf_counter() - self._since_s
+        self._ran_s += lap_s
+        return lap_s
+
+    def take_up(self, asked: Iterable[Asked]) -> None:
+        self._began_s |= {one.number: self._now_s for one in asked}
+
+    def done(self, number: int) -> float:
+        return self._now_s - self._began_s.pop(number)
+
+    @property
+    def _now_s(self) -> float:
+        return self._ran_s + time.perf_counter() - self._since_s
+
+
+Pictures = Mapping[int, np.ndarray]
+
+
+class Way(Protocol):
+    def make(self, asked: Sequence[Asked], watch: Stopwatch) -> Iterator[Pictures]:
+        """Takes all of them up, and gives pictures as they come; where nothing is asked for, those still under way."""
+        ...
+
+
+def run(contestant: Contestant, place: Place, connection: Connection) -> None:
+    """The process of a contestant: answers every list of Asked with a Lap, until the other side closes."""
+    way, watch, energy = _WAYS[contestant.way](contestant, place), Stopwatch(), _Energy(place.device)
+    connection.send(None)
+    while True:
+        try:
+            asked: list[Asked] = connection.recv()
+        except EOFError:
+            return
+        lap = Lap()
+        before_j = energy.read()
+        watch.start()
+        for pictures in way.make(asked, watch):
+            lap.pictures |= pictures
+            lap.latencies_s += [watch.done(number) for number in pictures]
+        lap.seconds = watch.stop()
+        if before_j is not None:
+            lap.energy_j = energy.read() - before_j
+        lap.peak_mib = _peak_mib(place.device)
+        connection.send(lap)
+
+
+class _Diffusers:
+    """The pipeline of diffusers on the same checkpoint, eager."""
+
+    def __init__(self, contestant: Contestant, place: Place) -> None:
+        import torch
+        from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
+
+        class Scheduler(FlowMatchEulerDiscreteScheduler):
+            """The pipeline scales its noise by this, which the flow scheduler lacks."""
+
+            init_noise_sigma = 1.0
+
+        dtype = getattr(torch, contestant.dtype)
+        parts: dict[str, Any] = {"scheduler": Scheduler.from_pretrained(place.model / "scheduler")}
+        if contestant.decoder == "tiny":
+            parts["vae"] = AutoencoderTiny.from_pretrained(place.model / "tiny_vae", dtype=dtype)
+        self._pipeline = StableDiffusionPipeline.from_pretrained(place.model, dtype=dtype, **parts).to(place.device)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._slots, self._generator = contestant.slots, torch.Generator
+
+    def make(self, asked: Sequence[Asked], watch: Stopwatch) -> Iterator[Pictures]:
+        for chunk in chunks(asked, self._slots):
+            watch.take_up(chunk)
+            made = self._pipeline(
+                [one.prompt for one in chunk],
+                num_inference_steps=STEPS,
+                sigmas=[1 - step / STEPS for step in range(STEPS)],
+                guidance_scale=1.0,
+                generator=[self._generator().manual_seed(one.number) for one in chunk],
+                output_type="np",
+            )
+            pixels = (made.images * 255).round().astype(np.uint8)
+            yield {one.number: picture for one, picture in zip(chunk, pixels, strict=True)}
+
+
+class _Stages:
+    """Our three stages, in one thread."""
+
+    def __init__(self, contestant: Contestant, place: Place) -> None:
+        from streamflow.backends.select import open_parts
+        from streamflow.families import load_denoiser
+        from streamflow.stages.decoder import DecoderStage
+        from streamflow.stages.denoiser import DenoiserStage
+        from streamflow.stages.encoder import EncoderStage
+        from streamflow.types import DecoderKind
+
+        where: dict[str, Any] = {
+            "device": place.device,
+            "dtype": contestant.dtype,
+            "backend": contestant.backend,
+            "engines": place.engines,
+        }
+        self._slots = contestant.slots
+        open_part = open_parts(**where)
+        denoiser = load_denoiser(place.model, open_part)
+        if contestant.single_rows:
+            networks = {name: _SingleRows(network) for name, network in denoiser.networks.items()}
+            denoiser = replace(denoiser, networks=networks)
+        self._encoder = EncoderStage.load(place.model, **where)
+        self._denoiser = DenoiserStage(denoiser, slots=self._slots, device=open_part.device)
+        self._decoder, self._kind = DecoderStage.load(place.model, **where), DecoderKind(contestant.decoder)
+
+    def _jobs(self, asked: Sequence[Asked]) -> list[Any]:
+        from streamflow.flow.guidance import Guidance
+        from streamflow.flow.programs import Role
+        from streamflow.types import DenoiseJob, EncodeJob
+
+        card = self._denoiser.card
+        encoded = self._encoder.encode([EncodeJob({Role.TARGET: one.prompt}) for one in asked])
+        size = card.default_height, card.default_width
+        return [
+            DenoiseJob(texts.conditioning, STEPS, Guidance(1.0), "euler", one.number, *size)
+            for one, texts in zip(asked, encoded, strict=True)
+        ]
+
+    def _pictures(self, latents: Mapping[Any, np.ndarray]) -> Pictures:
+        decoded = self._decoder.decode(np.stack(list(latents.values())), self._kind)
+        return dict(zip(latents, decoded, strict=True))
+
+
+class _Static(_Stages):
+    """Batches that begin and end together."""
+
+    def make(self, asked: Sequence[Asked], watch: Stopwatch) -> Iterator[Pictures]:
+        for chunk in chunks(asked, self._slots):
+            watch.take_up(chunk)
+            latents = self._denoiser.run(self._jobs(chunk))
+            yield self._pictures({one.number: latent for one, latent in zip(chunk, latents, strict=True)})
+
+
+class _Running(_Stages):
+    """The running batch: at every tick some join and as many leave, so that each tick has all timesteps in it."""
+
+    def __init__(self, contestant: Contestant, place: Place) -> None:
+        from streamflow.batching.engine import Engine
+
+        super().__init__(contestant, place)
+        self._engine = Engine(self._denoiser.networks, capacity=self._slots, device=place.device)
+
+    def make(self, asked: Sequence[Asked], watch: Stopwatch) -> Iterator[Pictures]:
+        waiting, some = deque(asked), max(1, self._slots // STEPS)
+        while waiting or (not asked and len(self._engine)):
+            joining = [waiting.popleft() for _ in range(min(some, self._engine.free, len(waiting)))]
+            watch.take_up(joining)
+            for one, job in zip(joining, self._jobs(joining) if joining else [], strict=True):
+                self._engine.admit(self._denoiser.image(job, handle=one.number))
+            report = self._engine.tick()
+            for error in report.failed.values():
+                raise error
+            if report.retired:
+                yield self._pictures(report.retired)
+
+
+class _SingleRows:
+    """A network that is called once for every row."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self.name, self.row_counts = f"{network.name}, single rows", None
+        self.row_invariant, self.takes_velocity = True, network.takes_velocity
+
+    def __call__(self, latents: Any, timestep: Any, conditioning: Mapping[str, Any]) -> Any:
+        import torch
+
+        rows = [slice(k, k + 1) for k in range(len(latents))]
+        texts = [{name: values[row] for name, values in conditioning.items()} for row in rows]
+        calls = zip(rows, texts, strict=True)
+        return torch.cat([self._network(latents[row], timestep[row], text) for row, text in calls])
+
+
+_WAYS: Mapping[str, Any] = {DIFFUSERS: _Diffusers, STATIC: _Static, RUNNING: _Running}
+
+
+class _Energy:
+    """What a GPU has used since its driver was loaded."""
+
+    def __init__(self, device: str) -> None:
+        self._handle: Any = None
+        if device.startswith("cuda"):
+            import pynvml
+            import torch
+
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(
+                f"GPU-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
+            )
+
+    def read(self) -> float | None:
+        """Joules; None on a CPU."""
+        if self._handle is None:
+            return None
+        import pynvml
+
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+
+
+def _peak_mib(device: str) -> float:
+    """Of a GPU's memory there, else of the process."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def chunks(asked: Iterable[Asked], count: int) -> Iterator[list[Asked]]:
+    """Parts of `count`; the last may be smaller."""
+    rest = iter(asked)
+    while chunk := list(islice(rest, count)):
+        yield chunk

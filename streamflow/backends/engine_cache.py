@@ -1,0 +1,179 @@
+"""TensorRT engines on disk: each built from one graph, for one kind of card, for some rows and sizes.
+
+    engines/REVISION/tensorrt/unet-0f1e2d3c4b5a.engine
+                              unet-0f1e2d3c4b5a.json     see store.py
+                              timing.cache               what the builder has timed before
+
+An engine is a program that runs on the machine: only what was built here, or came from somebody who is trusted with
+that, belongs into this folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamflow.backends.graphs import GraphStore
+from streamflow.backends.parts import ROWS, Part
+from streamflow.backends.store import Store
+from streamflow.errors import NotFoundError
+
+HEIGHT, WIDTH = "height", "width"
+_FORMAT = 1
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of a part's inputs, by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """What an engine takes: each number of rows in each size, and nothing between them.
+
+    Exact shapes, because for them TensorRT finds the fastest kernels and a call can be kept as a CUDA graph; other
+    numbers of rows are padded to the next.
+
+    Attributes:
+        rows: rising.
+        sizes: (height, width) of the pictures in pixels, rising; for parts without them they do not matter.
+    """
+
+    rows: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    def shapes(self, part: Part) -> list[Shapes]:
+        """Of the part's inputs, for every profile of its engine in their order."""
+        return [
+            {name: tuple(_size(axis, axes) for axis in one.shape) for name, one in part.inputs.items()}
+            for axes in self._axes(part)
+        ]
+
+    def covers(self, wanted: Profiles, part: Part) -> bool:
+        """Whether calls of up to as many rows can be made, in all of the sizes."""
+        return self.rows[-1] >= wanted.rows[-1] and (not part.sizes or set(wanted.sizes) <= set(self.sizes))
+
+    def command(self) -> str:
+        """What builds engines with them."""
+        sizes = " ".join(f"--size {width}x{height}" for height, width in self.sizes)
+        return f"streamflow engine build --rows {self.rows[-1]} {sizes}"
+
+    def _axes(self, part: Part) -> Iterator[Mapping[str, int]]:
+        for height, width in self.sizes if part.sizes else ((0, 0),):
+            for rows in self.rows:
+                yield {ROWS: rows, HEIGHT: height // part.unit_px, WIDTH: width // part.unit_px}
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What engines are built for.
+
+    Attributes:
+        tensorrt: the library's version.
+        compute_capability: of the card, such as "9.0".
+    """
+
+    tensorrt: str
+    compute_capability: str
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An engine that can be used."""
+
+    path: Path
+    profiles: Profiles
+
+
+Build = Callable[[Path, Path, list[Shapes], Path], None]
+"""From a graph's path to an engine's, with the shapes of its profiles; the last path is that of the timing cache."""
+
+
+class EngineCache:
+    """The engines of any number of checkpoints, for one platform and one precision.
+
+    Args:
+        graphs: what engines are built from.
+        dtype: in which networks compute.
+        adapters: digests of the adapters that are merged into the weights, in their order.
+    """
+
+    def __init__(
+        self, graphs: GraphStore, platform: Platform, *, dtype: torch.dtype, adapters: tuple[str, ...] = ()
+    ) -> None:
+        self._graphs, self._platform, self._dtype, self._adapters = graphs, platform, dtype, adapters
+
+    def __repr__(self) -> str:
+        return f"EngineCache({self._graphs.folder}, {self._platform}, {self._dtype})"
+
+    def make(self, part: Part, profiles: Profiles, build: Build) -> Built:
+        """Builds the engine, and before that its graph, unless they are there; of several processes one builds."""
+        graph = self._graphs.make(part, self._dtype)
+        made_of = self._made_of(part) | _said(profiles)
+        name = f"{part.name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
+        store = self._store(part)
+        shapes, timed = profiles.shapes(part), store.folder / "timing.cache"
+        store.make(name, made_of, lambda folder: build(graph, folder / f"{name}.engine", shapes, timed))
+        return Built(store.folder / f"{name}.engine", profiles)
+
+    def find(self, part: Part, wanted: Profiles) -> Built:
+        """An engine that was built for this, and takes what is wanted; of several the one with the fewest profiles.
+
+        Raises:
+            NotFoundError: there is none; the message says what there is, and the command that builds the right one.
+        """
+        store, made_of = self._store(part), self._made_of(part)
+        reasons, fitting = [], []
+        for name, said in store.contents().items():
+            if said.get("part") != part.name:
+                continue
+            try:
+                profiles = _read(said)
+                store.check(name, made_of)
+            except (NotFoundError, KeyError, TypeError) as error:
+                reasons.append(str(error))
+                continue
+            if profiles.covers(wanted, part):
+                fitting.append(Built(store.folder / f"{name}.engine", profiles))
+            else:
+                reasons.append(f"{name} takes up to {profiles.rows[-1]} rows, and {_sizes(profiles)}")
+        if not fitting:
+            why = "; ".join(reasons) or f"none is in {store.folder}"
+            raise NotFoundError(f"{part.name}: no engine that fits ({why}); `{wanted.command()}` makes it")
+        return min(fitting, key=lambda built: len(built.profiles.rows) * len(built.profiles.sizes))
+
+    def _made_of(self, part: Part) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "part": part.name,
+            "revision": part.revision,
+            "adapters": list(self._adapters),
+            "graph": self._graphs.digest(part, self._dtype),
+            "precision": str(self._dtype).removeprefix("torch."),
+            "tensorrt": self._platform.tensorrt,
+            "compute_capability": self._platform.compute_capability,
+        }
+
+    def _store(self, part: Part) -> Store:
+        folder = self._graphs.folder / part.revision / "tensorrt"
+        return Store(folder, kind="engine", remedy="`streamflow engine build` makes it")
+
+
+def _size(axis: int | str, axes: Mapping[str, int]) -> int:
+    return axes[axis] if isinstance(axis, str) else axis
+
+
+def _said(profiles: Profiles) -> dict[str, Any]:
+    return {"rows": list(profiles.rows), "sizes": [list(size) for size in profiles.sizes]}
+
+
+def _read(said: Mapping[str, Any]) -> Profiles:
+    return Profiles(tuple(said["rows"]), tuple((height, width) for height, width in said["sizes"]))
+
+
+def _sizes(profiles: Profiles) -> str:
+    return "pictures of " + ", ".join(f"{width} x {height}" for height, width in profiles.sizes)

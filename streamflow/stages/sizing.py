@@ -1,0 +1,60 @@
+"""What the denoiser's network calls cost here, and the rows and slots that follow from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from streamflow.backends.cost import Cost, fit, measure, remembered
+from streamflow.backends.runtime import DETERMINISTIC_ROWS
+from streamflow.families.base import Denoiser
+from streamflow.flow.programs import BASE
+
+LEAST_SLOTS, MOST_SLOTS = 4, 64
+"""Between which the number of slots is chosen: few are unfair to those who wait, many take memory."""
+
+_ROWS = (1, 2, 4, 8, 16)
+_BUDGET_S = 5.0
+
+
+def measured_cost(
+    denoiser: Denoiser, device: torch.device, dtype: torch.dtype, *, threads: int = 0, engines: Path | None = None
+) -> Cost:
+    """Of a call of the base network at the model's default size; measured once on a machine.
+
+    Args:
+        threads: of a call; 0 = torch's.
+        engines: the folder where it is remembered; None = nowhere.
+    """
+    card, network = denoiser.card, denoiser.networks[BASE]
+    shape = denoiser.latent_shape(card.default_height, card.default_width)
+
+    def call(rows: int) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(rows, *shape, device=device)
+
+        text = {name: zeros(*one) for name, one in denoiser.conditioning_shapes.items()}
+        with torch.inference_mode():
+            # To the CPU: only then it has ended.
+            network(zeros(*shape), zeros() + 500, text)[0, 0, 0, 0].item()
+
+    card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    about = (network.name, card_name, dtype, f"{threads or torch.get_num_threads()} threads", shape)
+    path = None if engines is None else engines / card.revision / "costs.json"
+    return remembered(
+        path, ", ".join(map(str, about)), lambda: fit(measure(call, _ROWS, repeats=3, budget_s=_BUDGET_S))
+    )
+
+
+def pad(denoiser: Denoiser, row_counts: tuple[int, ...]) -> None:
+    """Has every network call padded to one of these; networks that were compiled for some keep theirs."""
+    for network in denoiser.networks.values():
+        network.row_counts = network.row_counts or row_counts
+
+
+def pad_to_one(denoiser: Denoiser) -> None:
+    """Makes every row's bits the same whatever is beside it, where the networks do not see to that themselves."""
+    for network in denoiser.networks.values():
+        if not network.row_invariant:
+            network.row_counts = (network.row_counts or (DETERMINISTIC_ROWS,))[-1:]
