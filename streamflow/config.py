@@ -57,20 +57,28 @@ class StageSettings(Settings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the networks; auto = float32 on a CPU, float16 on a GPU"
     )
-    backend: Literal["auto", "torch", "onnxruntime", "openvino"] = Field(
-        "auto", description="What runs the networks; auto = the fastest for which there is an exported graph, or torch"
+    backend: Literal["auto", "tensorrt", "torch", "onnxruntime", "openvino"] = Field(
+        "auto",
+        description="What runs the networks; auto = the fastest for which there is an engine or a graph, or else torch",
     )
     engines: Path = Field(
-        default_factory=default_engines, description="Where `streamflow engine export` puts the graphs of networks"
+        default_factory=default_engines, description="Where `streamflow engine` puts the graphs and engines of networks"
     )
     threads: int = Field(0, ge=0, description="CPU threads of the networks; 0 = all cores (1 in deterministic mode)")
     deterministic: bool = Field(
         False, description="Equal bytes whatever the neighbours: one row count for every call, fixed threads"
     )
-    compiled: bool = Field(
-        False, description="Compile network, guidance and update for each number of rows; starts slowly (denoiser)"
+    compiled: bool | None = Field(
+        None,
+        description="Compile network, guidance and update for each number of rows; starts slowly (denoiser); "
+        "by default on a GPU where torch runs the networks",
     )
-    slots: int = Field(0, ge=0, le=1024, description="Images that it holds at once; 0 = the stage's default")
+    slots: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Images that it holds at once; 0 = the stage's default, by the denoiser's measured cost of a call",
+    )
     max_wait_ms: float = Field(4.0, ge=0, description="How long a batch waits for more work (encoder, decoder)")
     progress_timeout_s: float = Field(
         120.0,
@@ -121,7 +129,7 @@ class EngineSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
 
-    engines: Path = Field(default_factory=default_engines, description="Where exported graphs are kept")
+    engines: Path = Field(default_factory=default_engines, description="Where graphs and engines are kept")
 
 
 class ClientSettings(BaseSettings):

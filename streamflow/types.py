@@ -217,8 +217,8 @@ class WorkerInfo:
     slots_in_use: int = 0
     backlog: int = 0
     draining: bool = False
+    started_at_s: float = 0.0
+    counters: Mapping[str, int] = field(default_factory=dict)
     call_ms: float = 0.0
     row_ms: float = 0.0
     row_counts: tuple[int, ...] = ()
-    started_at_s: float = 0.0
-    counters: Mapping[str, int] = field(default_factory=dict)

@@ -15,8 +15,12 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from streamflow.backends.parts import Part, Runner
 
 _WASTE = 0.15
 """Of a call's time that padding may take before there is a bucket for fewer rows."""
@@ -95,6 +99,17 @@ def measure(
             call(count)
             times.append(time.perf_counter() - began_s)
     return {count: median(times) for count, times in taken.items()}
+
+
+def cost_of(part: Part, runner: Runner, counts: Sequence[int], *, budget_s: float = 30.0) -> Cost:
+    """Of a part's calls at its own size."""
+
+    def call(rows: int) -> None:
+        # To the CPU: only then it has ended.
+        runner(examples[rows])[:1].cpu()
+
+    examples = {rows: part.example(rows) for rows in counts}
+    return fit(measure(call, counts, budget_s=budget_s))
 
 
 def remembered(path: Path | None, key: str, measured: Callable[[], Cost]) -> Cost:

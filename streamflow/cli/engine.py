@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,8 +14,11 @@ import typer
 from streamflow.cli.tables import print_out, table
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from streamflow.backends.graphs import GraphStore
     from streamflow.backends.parts import Part
+    from streamflow.types import ModelCard
 
 app = typer.Typer(
     name="engine",
@@ -51,14 +55,9 @@ def export(
     """
     from rich.console import Console
 
-    from streamflow.errors import InvalidRequestError
-
     store, parts = _opened(model, engines)
-    unknown = set(part or ()) - parts.keys()
-    if unknown:
-        raise InvalidRequestError("part", min(unknown), ", ".join(parts))
     console, rows = Console(stderr=True), []
-    for name in part or parts:
+    for name in _chosen(parts, part):
         began_s = time.monotonic()
         with console.status(f"exporting {name}"):
             path = store.make(parts[name])
@@ -69,9 +68,81 @@ def export(
     typer.echo(f"in {path.parent}")
 
 
+@app.command()
+def build(
+    model: Model = None,
+    engines: Engines = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="A network, such as unet; may be repeated. By default all.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, max=1024, help="Most rows of a call; a guided image has two.")] = 16,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="Of pictures; may be repeated. By default the model's own."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Precision: float16, bfloat16 or float32.")] = "float16",
+    device: Annotated[str, typer.Option(help="The GPU, such as cuda:1.")] = "cuda",
+    refittable: Annotated[bool, typer.Option(help="Weights can be exchanged later; may be slower.")] = False,
+    version_compatible: Annotated[
+        bool, typer.Option(help="Later versions of TensorRT, and its lean runtime, can use it; may be slower.")
+    ] = False,
+) -> None:
+    """Build TensorRT engines for this machine's GPU; takes minutes for each network.
+
+    The numbers of rows for which kernels are chosen follow from what calls of torch take here; others are padded.
+
+    \b
+    Examples:
+        streamflow engine build
+        streamflow engine build --model checkpoints/stable-diffusion-1.5 --rows 32 --size 512x512 --size 768x512
+    """
+    from functools import partial
+
+    from rich.console import Console
+
+    from streamflow.backends import tensorrt_build
+    from streamflow.backends.cost import cost_of
+    from streamflow.backends.engine_cache import EngineCache, Profiles
+    from streamflow.backends.runtime import resolve_device, resolve_dtype
+    from streamflow.backends.tensorrt_runtime import platform
+    from streamflow.backends.torch_eager import TorchRunner
+    from streamflow.config import default_model
+    from streamflow.errors import InvalidRequestError
+    from streamflow.families import describe
+
+    where = resolve_device(device)
+    if where.type != "cuda":
+        raise InvalidRequestError("device", device, "a GPU: engines are built on the kind of card that runs them")
+    precision = resolve_dtype(dtype, where)
+    store, parts = _opened(model, engines)
+    chosen = _chosen(parts, part)
+    card = describe(model or default_model())
+    sizes = tuple(sorted(_size(one, card) for one in size or [f"{card.default_width}x{card.default_height}"]))
+    cache = EngineCache(store, platform(where), dtype=precision)
+    console, made = Console(stderr=True), []
+    write = partial(tensorrt_build.build, refittable=refittable, version_compatible=version_compatible)
+    for name in chosen:
+        began_s = time.monotonic()
+        with console.status(f"{name}: what a call takes") as status:
+            runner = TorchRunner(parts[name], device=where, dtype=precision)
+            cost = cost_of(parts[name], runner, [count for count in (1, 2, 4, 8) if count <= max(rows, 2)])
+            del runner
+            profiles = Profiles(cost.buckets(rows), sizes)
+            status.update(f"{name}: exporting")
+
+            def show(phase: str, done: int, steps: int, status: Status = status, name: str = name) -> None:
+                status.update(f"{name}: {phase}, {done} of {steps}")
+
+            built = cache.make(parts[name], profiles, partial(write, on_phase=show))
+        counts = ", ".join(map(str, profiles.rows))
+        size_mib = built.path.stat().st_size / 2**20
+        made.append((name, counts, f"{size_mib:.1f}", f"{time.monotonic() - began_s:.0f}"))
+    print_out(table("network", "rows", "MiB", "seconds", rows=made))
+
+
 @app.command("list")
 def list_graphs(model: Model = None, engines: Engines = None) -> None:
-    """List the networks of a checkpoint, and which of them have a graph that can be used.
+    """List the networks of a checkpoint, and which graphs and engines of them can be used.
 
     \b
     Examples:
@@ -97,6 +168,29 @@ def _opened(model: Path | None, engines: Path | None) -> tuple[GraphStore, dict[
 
     store = GraphStore(engines or EngineSettings().engines)
     return store, {part.name: part for part in parts(model or default_model())}
+
+
+def _chosen(parts: Mapping[str, Part], wanted: Sequence[str] | None) -> Sequence[str]:
+    from streamflow.errors import InvalidRequestError
+
+    unknown = set(wanted or ()) - parts.keys()
+    if unknown:
+        raise InvalidRequestError("part", min(unknown), ", ".join(parts))
+    return wanted or list(parts)
+
+
+def _size(text: str, card: ModelCard) -> tuple[int, int]:
+    """(height, width) in pixels."""
+    from streamflow.errors import InvalidRequestError
+    from streamflow.validation import check_size
+
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if found is None:
+        raise InvalidRequestError("size", text, "WIDTHxHEIGHT in pixels, such as 768x512")
+    width, height = int(found[1]), int(found[2])
+    check_size(card, "width", width)
+    check_size(card, "height", height)
+    return height, width
 
 
 def _tested(store: GraphStore, part: Part) -> Iterator[str]:

@@ -15,7 +15,6 @@ import torch
 
 from streamflow.backends.cost import Cost
 from streamflow.backends.select import TORCH, open_parts
-from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import Engine, Progress
 from streamflow.batching.slots import Image
 from streamflow.batching.step import StepFunction, run_step
@@ -27,7 +26,7 @@ from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler, parse_sampler, sampler_steps
 from streamflow.stages.runner import EngineRunner, TickRecord
-from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, measured_cost, pad, pad_to_one
+from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, choose_step, measured_cost, pad, pad_to_one
 from streamflow.telemetry import get_logger
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
 
@@ -84,17 +83,19 @@ class DenoiserStage:
         threads: int = 0,
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
-        compiled: bool = False,
+        compiled: bool | None = None,
         name: str = "",
     ) -> Self:
         """Loads the denoising networks of a checkpoint, and nothing else of it.
 
         Args:
-            backend, engines, threads: see streamflow.backends.select.open_parts; `compiled` takes torch alone.
+            backend, engines, threads: see streamflow.backends.select.open_parts; where `compiled` is asked for it is
+                torch.
             slots: images at once; 0 = as many as its measured cost asks for.
             deterministic: a picture's bytes do not depend on its neighbours; every network call has one row count,
                 unless they do not anyway.
-            compiled: a callable for each of a few row counts is compiled, by `warm_up` those for the default size.
+            compiled: a callable for each of a few row counts is compiled, by `warm_up` those for the default size;
+                None = on a GPU, where torch runs the networks.
             name: that clients use; empty = the folder's name.
         """
         chosen = TORCH if compiled else backend
@@ -104,11 +105,11 @@ class DenoiserStage:
         denoiser = load_denoiser(path, open_part, name=name)
         cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)
         slots = slots or cost.slots(least=LEAST_SLOTS, most=MOST_SLOTS)
+        step = choose_step(denoiser, open_part.device, compiled)
         if deterministic:
             pad_to_one(denoiser)
-        elif compiled:
+        elif step is not run_step:
             pad(denoiser, cost.buckets(2 * slots))
-        step = CompiledStep() if compiled else run_step
         return cls(denoiser, slots=slots, device=open_part.device, step=step, cost=cost)
 
     @property

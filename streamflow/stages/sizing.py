@@ -1,4 +1,4 @@
-"""What the denoiser's network calls cost here, and the rows and slots that follow from it."""
+"""How the denoiser runs here: what its network calls cost, and the rows, slots and steps that follow from it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 
 from streamflow.backends.cost import Cost, fit, measure, remembered
 from streamflow.backends.runtime import DETERMINISTIC_ROWS
+from streamflow.backends.torch_eager import TorchRunner
+from streamflow.batching.compiled import CompiledStep, cuda_graph
+from streamflow.batching.step import StepFunction, run_step
 from streamflow.families.base import Denoiser
 from streamflow.flow.programs import BASE
 
@@ -45,6 +48,19 @@ def measured_cost(
     return remembered(
         path, ", ".join(map(str, about)), lambda: fit(measure(call, _ROWS, repeats=3, budget_s=_BUDGET_S))
     )
+
+
+def choose_step(denoiser: Denoiser, device: torch.device, compiled: bool | None) -> StepFunction:
+    """How a group of slots makes a step: on a GPU in one launch, else call by call, unless it shall be compiled."""
+    graphs = device.type == "cuda"
+    if compiled is None:
+        compiled = graphs and denoiser.networks[BASE].name == TorchRunner.name
+    if not (compiled or graphs):
+        return run_step
+    if compiled:
+        for network in denoiser.networks.values():
+            network.name = "torch-compiled"
+    return CompiledStep("inductor" if compiled else None, capture=cuda_graph if graphs else None)
 
 
 def pad(denoiser: Denoiser, row_counts: tuple[int, ...]) -> None:

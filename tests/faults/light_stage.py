@@ -88,6 +88,8 @@ class LightStage:
     """What a process needs of the stage that it hosts, without networks."""
 
     backend = "light"
+    cost = None
+    row_counts: tuple[int, ...] = ()
 
     def __init__(self, card: ModelCard, slots: int) -> None:
         self.card, self.slots = card, slots

@@ -51,11 +51,12 @@ def test_output_and_failure():
 
 def test_workers():
     worker = WorkerInfo(
-        "w-1", Stage.ENCODE, "h:1", "m", "r", "torch-eager", "cpu", 8, 3, 5, True, 100.0, {"images_total": 9}
+        "w-1", Stage.ENCODE, "h:1", "m", "r", "torch-eager", "cpu", 8, 3, 5, True, 100.0, {"images_total": 9}, 2.0, 0.5
     )
     shown = convert.worker_to_pb(worker, now_s=160.5)
     assert (shown.stage, shown.worker_id, shown.slots, shown.slots_in_use, shown.backlog) == ("encoder", "w-1", 8, 3, 5)
     assert (shown.draining, shown.uptime_s, dict(shown.counters)) == (True, 60.5, {"images_total": 9})
+    assert (shown.call_ms, shown.row_ms, list(shown.row_counts)) == (2.0, 0.5, [])
     assert convert.worker_to_pb(worker, backlog=0, now_s=0).backlog == 0
 
 
