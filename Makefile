@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-faults nightly lint types protos check-protos model clean
+.PHONY: help demo test test-faults nightly gpu-check gpu-bench lint types protos check-protos model clean
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,12 @@ nightly: $(STAMP)  ## What takes longer: the full fault matrix, half an hour of 
 	STREAMFLOW_FAULTS_TABLE=docs/faults.md STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	for target in request entry image; do $(BIN)/python -m tests.fuzz.fuzz_$$target -max_total_time=300 || exit 1; done
+
+gpu-check:  ## What only a GPU can show; needs python3 with torch, diffusers and transformers, and no set-up
+	$(PYTHON) -m pytest -c tests/gpu/pytest.ini --rootdir . tests/gpu
+
+gpu-bench:  ## Benchmarks on a GPU, on networks of real models' shapes with random weights; needs the same
+	$(PYTHON) -m benchmarks.gpu --json docs/benchmarks/gpu.json
 
 lint: $(STAMP)  ## Style
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, retask
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -31,6 +31,7 @@ class Contestant:
         way: `diffusers` and `static` make `slots` pictures together from beginning to end; in a `running` batch of so
             many slots pictures join and leave at every step.
         single_rows: a network call for every row, as engines need that take one timestep a call.
+        compiled: see DenoiserStage.load.
     """
 
     name: str
@@ -40,15 +41,23 @@ class Contestant:
     dtype: str = "float32"
     slots: int = 1
     single_rows: bool = False
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where they run."""
+class Task:
+    """What all of them do, and where.
+
+    Attributes:
+        size_px: width and height; 0 = the model's own.
+        strength: with which a gray picture is changed; 0 = text to image.
+    """
 
     model: Path
     engines: Path
-    device: str
+    device: str = "cpu"
+    size_px: int = 0
+    strength: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,9 +121,9 @@ class Way(Protocol):
         ...
 
 
-def run(contestant: Contestant, place: Place, connection: Connection) -> None:
+def run(contestant: Contestant, task: Task, connection: Connection) -> None:
     """The process of a contestant: answers every list of Asked with a Lap, until the other side closes."""
-    way, watch, energy = _WAYS[contestant.way](contestant, place), Stopwatch(), _Energy(place.device)
+    way, watch, energy = _WAYS[contestant.way](contestant, task), Stopwatch(), _Energy(task.device)
     connection.send(None)
     while True:
         try:
@@ -130,33 +139,41 @@ def run(contestant: Contestant, place: Place, connection: Connection) -> None:
         lap.seconds = watch.stop()
         if before_j is not None:
             lap.energy_j = energy.read() - before_j
-        lap.peak_mib = _peak_mib(place.device)
+        lap.peak_mib = _peak_mib(task.device)
         connection.send(lap)
 
 
 class _Diffusers:
     """The pipeline of diffusers on the same checkpoint, eager."""
 
-    def __init__(self, contestant: Contestant, place: Place) -> None:
+    def __init__(self, contestant: Contestant, task: Task) -> None:
+        import diffusers
         import torch
-        from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, StableDiffusionPipeline
 
-        class Scheduler(FlowMatchEulerDiscreteScheduler):
-            """The pipeline scales its noise by this, which the flow scheduler lacks."""
+        class Scheduler(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+            """What the pipelines of Stable Diffusion ask for, and the flow scheduler lacks."""
 
             init_noise_sigma = 1.0
 
+            def add_noise(self, sample: Any, noise: Any, timestep: Any) -> Any:
+                return self.scale_noise(sample, timestep, noise)
+
         dtype = getattr(torch, contestant.dtype)
-        parts: dict[str, Any] = {"scheduler": Scheduler.from_pretrained(place.model / "scheduler")}
+        parts: dict[str, Any] = {"scheduler": Scheduler.from_pretrained(task.model / "scheduler")}
         if contestant.decoder == "tiny":
-            parts["vae"] = AutoencoderTiny.from_pretrained(place.model / "tiny_vae", dtype=dtype)
-        self._pipeline = StableDiffusionPipeline.from_pretrained(place.model, dtype=dtype, **parts).to(place.device)
+            parts["vae"] = diffusers.AutoencoderTiny.from_pretrained(task.model / "tiny_vae", dtype=dtype)
+        kind = diffusers.StableDiffusionImg2ImgPipeline if task.strength else diffusers.StableDiffusionPipeline
+        self._pipeline = kind.from_pretrained(task.model, dtype=dtype, **parts).to(task.device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._slots, self._generator = contestant.slots, torch.Generator
+        self._size = task.size_px or self._pipeline.unet.config.sample_size * self._pipeline.vae_scale_factor
+        self._source = {"strength": task.strength} if task.strength else {"height": self._size, "width": self._size}
 
     def make(self, asked: Sequence[Asked], watch: Stopwatch) -> Iterator[Pictures]:
         for chunk in chunks(asked, self._slots):
             watch.take_up(chunk)
+            if "strength" in self._source:
+                self._source |= {"image": [_gray(self._size)] * len(chunk)}
             made = self._pipeline(
                 [one.prompt for one in chunk],
                 num_inference_steps=STEPS,
@@ -164,6 +181,7 @@ class _Diffusers:
                 guidance_scale=1.0,
                 generator=[self._generator().manual_seed(one.number) for one in chunk],
                 output_type="np",
+                **self._source,
             )
             pixels = (made.images * 255).round().astype(np.uint8)
             yield {one.number: picture for one, picture in zip(chunk, pixels, strict=True)}
@@ -172,8 +190,7 @@ class _Diffusers:
 class _Stages:
     """Our three stages, in one thread."""
 
-    def __init__(self, contestant: Contestant, place: Place) -> None:
-        from streamflow.backends.select import open_parts
+    def __init__(self, contestant: Contestant, task: Task) -> None:
         from streamflow.families import load_denoiser
         from streamflow.stages.decoder import DecoderStage
         from streamflow.stages.denoiser import DenoiserStage
@@ -181,31 +198,42 @@ class _Stages:
         from streamflow.types import DecoderKind
 
         where: dict[str, Any] = {
-            "device": place.device,
+            "device": task.device,
             "dtype": contestant.dtype,
             "backend": contestant.backend,
-            "engines": place.engines,
+            "engines": task.engines,
         }
-        self._slots = contestant.slots
-        open_part = open_parts(**where)
-        denoiser = load_denoiser(place.model, open_part)
+        self._task, self._slots = task, contestant.slots
+        self._encoder, self._decoder = (stage.load(task.model, **where) for stage in (EncoderStage, DecoderStage))
+        self._kind = DecoderKind(contestant.decoder)
+        self._denoiser = DenoiserStage.load(task.model, **where, slots=self._slots, compiled=contestant.compiled)
         if contestant.single_rows:
+            from streamflow.backends.select import open_parts
+
+            denoiser = load_denoiser(task.model, open_parts(**where))
             networks = {name: _SingleRows(network) for name, network in denoiser.networks.items()}
-            denoiser = replace(denoiser, networks=networks)
-        self._encoder = EncoderStage.load(place.model, **where)
-        self._denoiser = DenoiserStage(denoiser, slots=self._slots, device=open_part.device)
-        self._decoder, self._kind = DecoderStage.load(place.model, **where), DecoderKind(contestant.decoder)
+            self._denoiser = DenoiserStage(retask(denoiser, networks=networks), slots=self._slots, device=task.device)
 
     def _jobs(self, asked: Sequence[Asked]) -> list[Any]:
         from streamflow.flow.guidance import Guidance
         from streamflow.flow.programs import Role
         from streamflow.types import DenoiseJob, EncodeJob
 
-        card = self._denoiser.card
-        encoded = self._encoder.encode([EncodeJob({Role.TARGET: one.prompt}) for one in asked])
-        size = card.default_height, card.default_width
+        size = self._task.size_px or self._denoiser.card.default_height
+        source = _gray(size) if self._task.strength else None
+        encoded = self._encoder.encode([EncodeJob({Role.TARGET: one.prompt}, init_image=source) for one in asked])
         return [
-            DenoiseJob(texts.conditioning, STEPS, Guidance(1.0), "euler", one.number, *size)
+            DenoiseJob(
+                texts.conditioning,
+                STEPS,
+                Guidance(1.0),
+                "euler",
+                one.number,
+                size,
+                size,
+                init_latents=texts.init_latents,
+                strength=self._task.strength or 1.0,
+            )
             for one, texts in zip(asked, encoded, strict=True)
         ]
 
@@ -227,20 +255,14 @@ class _Static(_Stages):
 class _Running(_Stages):
     """The running batch: at every tick some join and as many leave, so that each tick has all timesteps in it."""
 
-    def __init__(self, contestant: Contestant, place: Place) -> None:
-        from streamflow.batching.engine import Engine
-
-        super().__init__(contestant, place)
-        self._engine = Engine(self._denoiser.networks, capacity=self._slots, device=place.device)
-
     def make(self, asked: Sequence[Asked], watch: Stopwatch) -> Iterator[Pictures]:
-        waiting, some = deque(asked), max(1, self._slots // STEPS)
-        while waiting or (not asked and len(self._engine)):
-            joining = [waiting.popleft() for _ in range(min(some, self._engine.free, len(waiting)))]
+        engine, waiting, some = self._denoiser.engine, deque(asked), max(1, self._slots // STEPS)
+        while waiting or (not asked and len(engine)):
+            joining = [waiting.popleft() for _ in range(min(some, engine.free, len(waiting)))]
             watch.take_up(joining)
             for one, job in zip(joining, self._jobs(joining) if joining else [], strict=True):
-                self._engine.admit(self._denoiser.image(job, handle=one.number))
-            report = self._engine.tick()
+                engine.admit(self._denoiser.image(job, handle=one.number))
+            report = engine.tick()
             for error in report.failed.values():
                 raise error
             if report.retired:
@@ -297,6 +319,10 @@ def _peak_mib(device: str) -> float:
 
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _gray(size: int) -> Any:
+    return np.full((size, size, 3), 127, np.uint8)
 
 
 def chunks(asked: Iterable[Asked], count: int) -> Iterator[list[Asked]]:

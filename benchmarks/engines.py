@@ -27,17 +27,16 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from benchmarks.contestants import DIFFUSERS, RUNNING, STATIC, STEPS, Asked, Contestant, Lap, Place, chunks, run
+from benchmarks.contestants import DIFFUSERS, RUNNING, STATIC, STEPS, Asked, Contestant, Lap, Task, chunks, run
 from benchmarks.judge import Captions, Judge, make_captions
 from streamflow.backends.graphs import GraphStore
 from streamflow.config import default_engines, default_model
 from streamflow.families import parts
 
-REFERENCE = Contestant("diffusers, one by one", DIFFUSERS)
 SLOTS = 16
 
 ON_CPU = (
-    REFERENCE,
+    Contestant("diffusers, one by one", DIFFUSERS),
     Contestant("diffusers, one by one", DIFFUSERS, "tiny"),
     Contestant("diffusers, batches", DIFFUSERS, slots=SLOTS),
     Contestant("ours, one by one", STATIC),
@@ -67,19 +66,19 @@ def main() -> None:
     arguments = parser.parse_args()
     images, laps = (16, 3) if arguments.quick else (arguments.images, arguments.laps)
 
-    place = Place(arguments.model, arguments.engines, "cpu")
-    for part in parts(place.model):
-        GraphStore(place.engines).make(part)
+    task = Task(arguments.model, arguments.engines)
+    for part in parts(task.model):
+        GraphStore(task.engines).make(part)
     # The first lap warms up, and fills the running batches.
     captions = make_captions(images * (laps + 1))
     asked = [Asked(number, prompt) for number, prompt in enumerate(captions.prompts)]
-    measured = compare(ON_CPU, place, list(chunks(asked, images)))
-    rows = figures(measured, captions if place.model.resolve() == default_model().resolve() else None)
+    measured = compare(ON_CPU, task, list(chunks(asked, images)))
+    rows = figures(measured, captions if task.model.resolve() == default_model().resolve() else None)
     print(table(rows))
     shares = told_apart(rows)
     print("\n" + "\n".join(f"{name}: {share:.2f}x" for name, share in shares.items()))
     about = {
-        "model": place.model.name,
+        "model": task.model.name,
         "steps": STEPS,
         "guidance_scale": 1.0,
         "images_per_lap": images,
@@ -99,33 +98,33 @@ def main() -> None:
 
 
 def compare(
-    contestants: Sequence[Contestant], place: Place, laps: Sequence[Sequence[Asked]]
+    contestants: Sequence[Contestant], task: Task, laps: Sequence[Sequence[Asked]]
 ) -> dict[Contestant, list[Lap]]:
     """Every contestant's laps, each lap in another order; at the end one for what was still under way."""
     found: dict[Contestant, list[Lap]] = {contestant: [] for contestant in contestants}
     with Progress() as progress:
         loading = progress.add_task("loading", total=len(contestants))
-        with _processes(contestants, place) as processes:
+        with _processes(contestants, task) as processes:
             for connection in processes.values():
                 connection.recv()
                 progress.advance(loading)
-            task = progress.add_task("laps", total=len(contestants) * (len(laps) + 1))
+            running = progress.add_task("laps", total=len(contestants) * (len(laps) + 1))
             for number, lap in enumerate([*laps, ()]):
                 start = number % len(contestants)
                 for contestant in (*contestants[start:], *contestants[:start]):
                     processes[contestant].send(list(lap))
                     found[contestant].append(processes[contestant].recv())
-                    progress.advance(task)
+                    progress.advance(running)
     return found
 
 
 @contextmanager
-def _processes(contestants: Sequence[Contestant], place: Place) -> Iterator[dict[Contestant, Connection]]:
+def _processes(contestants: Sequence[Contestant], task: Task) -> Iterator[dict[Contestant, Connection]]:
     context = multiprocessing.get_context("spawn")
     ours, running = {}, []
     for contestant in contestants:
         ours[contestant], theirs = context.Pipe()
-        process = context.Process(target=run, args=(contestant, place, theirs), daemon=True)
+        process = context.Process(target=run, args=(contestant, task, theirs), daemon=True)
         process.start()
         # Else a contestant that dies would leave us waiting.
         theirs.close()
@@ -140,22 +139,26 @@ def _processes(contestants: Sequence[Contestant], place: Place) -> Iterator[dict
 
 
 def figures(measured: Mapping[Contestant, Sequence[Lap]], captions: Captions | None) -> list[dict[str, Any]]:
-    """A row for each: medians over the laps that count, and the quality of all its pictures."""
+    """A row for each: medians over the laps that count, and the quality of all its pictures.
+
+    The first and the last lap do not count; ratios and PSNR are to the first contestant.
+    """
+    first = next(iter(measured))
     rates = {
         contestant: [len(lap.pictures) / lap.seconds for lap in laps[1:-1]] for contestant, laps in measured.items()
     }
-    reference = _pictures(measured[REFERENCE])
+    reference = _pictures(measured[first])
     judge = None if captions is None else Judge(captions.wanted)
     rows = []
     for contestant, laps in measured.items():
         counted, pictures = laps[1:-1], _pictures(laps)
-        pairs = zip(rates[contestant], rates[REFERENCE], strict=True)
+        pairs = zip(rates[contestant], rates[first], strict=True)
         row = vars(contestant) | {
             "images_per_s": round(median(rates[contestant]), 3),
             "ratio": round(median(ours / theirs for ours, theirs in pairs), 3),
             "latency_ms": round(1000 * median(taken for lap in counted for taken in lap.latencies_s), 1),
             "peak_mib": round(max(lap.peak_mib for lap in laps)),
-            "psnr_db": None if contestant == REFERENCE else psnr_db(pictures, reference),
+            "psnr_db": None if contestant == first else psnr_db(pictures, reference),
         }
         used = [lap.energy_j / len(lap.pictures) for lap in counted if lap.energy_j is not None]
         row["joules_per_image"] = round(median(used), 2) if used else None

@@ -121,6 +121,11 @@ class DenoiserStage:
         return self._denoiser.networks["base"].name
 
     @property
+    def engine(self) -> Engine:
+        """The running batch, for who ticks it in place of `run` and `denoise`."""
+        return self._engine
+
+    @property
     def row_counts(self) -> tuple[int, ...]:
         """To which network calls are padded; empty = to none."""
         return self._denoiser.networks["base"].row_counts or ()
