@@ -301,7 +301,10 @@ class Transport(Protocol):
         ...
 
     async def finish(self, entry: Entry, result: bytes | Failure) -> bool:
-        """Stores the result (or fails the job) and acknowledges `entry`, at once; False when it came too late."""
+        """Stores the result (or fails the job) and acknowledges `entry`, at once.
+
+        False when it came too late: the entry is somebody else's by now, or the job's deadline passed, which ends it.
+        """
         ...
 
     async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:

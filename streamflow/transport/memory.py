@@ -161,11 +161,7 @@ class MemoryTransport:
         self._reaped_at_s = now_s
         late = [job for job in self._state.open_jobs() if job.deadline_at_s <= now_s]
         for job in late:
-            for index in job.live():
-                if job.places[index] != WAITING:
-                    self._state.measure(job, index, is_done=False)
-            why = Failure("DEADLINE_EXCEEDED", "the deadline passed before every image was finished")
-            self._state.end_job(job, JobState.DEADLINE, "deadline", why)
+            self._state.end_late(job)
         touched = len(late) + (self._reap_unwatched(now_s) if now_s >= self._watch_grace_until_s else 0)
         self._state.release()
         return touched + self._reap_expired(now_s)
@@ -213,6 +209,11 @@ class MemoryTransport:
 
     async def finish(self, entry: Entry, result: bytes | Failure) -> bool:
         if not self._state.is_at(entry, entry.stage):
+            return False
+        job = self._state.jobs[entry.ref.job_id]
+        if job.deadline_at_s <= self._clock():
+            # Whenever the reaper comes by: the client was told so at that moment.
+            self._state.end_late(job)
             return False
         self._state.finish_image(entry.ref, result)
         return True

@@ -200,6 +200,13 @@ class State:
         self.wake(job.new.id)
         self.release()
 
+    def end_late(self, job: Job) -> None:
+        for index in job.live():
+            if job.places[index] != WAITING:
+                self.measure(job, index, is_done=False)
+        why = Failure("DEADLINE_EXCEEDED", "the deadline passed before every image was finished")
+        self.end_job(job, JobState.DEADLINE, "deadline", why)
+
     def finish_image(self, ref: ImageRef, result: bytes | Failure) -> None:
         job = self.jobs[ref.job_id]
         if isinstance(result, Failure):

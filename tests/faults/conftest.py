@@ -14,7 +14,7 @@ from tests.faults.harness import Tally
 QUICK = os.environ.get("STREAMFLOW_QUICK", "") not in ("", "0")
 """For every change: fewer requests, and only the rows without the mark `full`."""
 
-SOAK_S = float(os.environ.get("STREAMFLOW_SOAK_S", "20"))
+SOAK_S = float(os.environ.get("STREAMFLOW_SOAK_S", "15"))
 
 _tallies: list[Tally] = []
 

@@ -93,7 +93,7 @@ async def test_2_workers_of_every_stage_killed_in_a_storm(tally: Tally) -> None:
 async def test_2_real_stages_killed_ten_times_each(tally: Tally) -> None:
     """One of each at once; what they had in hand is with others within two leases."""
     rng = random.Random(2)
-    options = [{"seed": k, "steps": 12, "num_images": 1 + k % 2} for k in range(5)]
+    options = [{"seed": k, "steps": 10, "num_images": 1 + k % 2} for k in range(5)]
     async with (
         LocalDeployment(
             model=SHAPES,
@@ -253,7 +253,7 @@ async def test_16_rolling_restart_of_denoisers_on_the_real_model(tally: Tally) -
     """Half-finished latents go from one denoiser to the other, to the same bytes."""
     drained = Drained()
     settings = {"drain_grace_s": 0.1, "log_format": "json", "lease_s": 10.0}
-    options = [{"seed": k, "steps": 25, "sampler": "pseudo", "num_images": 1 + k % 2} for k in range(8)]
+    options = [{"seed": k, "steps": 25, "sampler": "pseudo", "num_images": 1 + k % 2} for k in range(6)]
     async with (
         LocalDeployment(
             model=SHAPES, settings=settings, on_line=drained.take, deterministic=True, threads=1, denoisers=2, slots=8

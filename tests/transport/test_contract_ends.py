@@ -69,6 +69,19 @@ async def test_the_reaper_ends_jobs_past_their_deadline(transport, eventually):
     assert await transport.reap() == 0
 
 
+@pytest.mark.parametrize("result", [b"picture", Failure("INTERNAL", "it broke", "encoder")])
+async def test_what_is_finished_after_the_deadline_came_too_late(transport, result):
+    job = await transport.admit(new_job("late", timeout_s=0.05, num_images=2))
+    [entry, _] = await take(transport, ENCODE, count=2)
+    await asyncio.sleep(job.deadline_at_s - job.admitted_at_s + 0.01)
+    assert not await transport.finish(entry, result)
+    view = await transport.job("late")
+    assert (view.state, view.failure.code) == (JobState.DEADLINE, "DEADLINE_EXCEEDED")
+    assert view.images == ("deadline", "deadline")
+    assert await transport.backlog() == QUIET
+    assert await transport.reap() == 0
+
+
 async def test_a_job_that_nobody_watches_is_cancelled(transport, eventually):
     await transport.admit(new_job("watched", watch_lease_s=0.2))
     await transport.admit(new_job("left", watch_lease_s=0.2))

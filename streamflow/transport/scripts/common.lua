@@ -264,6 +264,16 @@ local function end_job(id, state, rest, failure)
   release()
 end
 
+-- Ends a job whose deadline has passed.
+local function end_late(id)
+  -- Or nobody would learn from what never ends in time.
+  for index = 0, redis.call('HGET', job_key(id), 'images') - 1 do
+    local where = place(id, index)
+    if is_live(where) and where ~= 'waiting' then measure(id, index, false) end
+  end
+  end_job(id, 'deadline', 'deadline', {'DEADLINE_EXCEEDED', 'the deadline passed before every image was finished', ''})
+end
+
 -- Cached values that expired go, and then those that will expire first until the rest fits.
 local function evict_cached()
   local bytes = tonumber(redis.call('HGET', META, 'cached_bytes') or 0)

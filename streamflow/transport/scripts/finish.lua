@@ -5,6 +5,11 @@ if place(id, index) ~= stage .. ':' .. entry then
   discard(stream_key(stage, C.revision), entry)
   return 0
 end
+-- Whenever the reaper comes by: the client was told so at that moment.
+if NOW >= tonumber(redis.call('HGET', job_key(id), 'deadline')) then
+  end_late(id)
+  return 0
+end
 if message then
   end_image(id, index, 'error')
   end_job(id, 'error', 'cancelled', {result, message, service})

@@ -10,14 +10,7 @@ local function due(key, what)
   end
 end
 
-due(OPEN, function(id)
-  -- Or nobody would learn from what never ends in time.
-  for index = 0, redis.call('HGET', job_key(id), 'images') - 1 do
-    local where = place(id, index)
-    if is_live(where) and where ~= 'waiting' then measure(id, index, false) end
-  end
-  end_job(id, 'deadline', 'deadline', {'DEADLINE_EXCEEDED', 'the deadline passed before every image was finished', ''})
-end)
+due(OPEN, end_late)
 
 -- While nobody reaped, nobody could renew either; or the clock jumped.
 local last = tonumber(redis.call('HGET', META, 'reaped') or NOW)
