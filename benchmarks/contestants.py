@@ -10,7 +10,7 @@ import resource
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, retask
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -212,7 +212,7 @@ class _Stages:
 
             denoiser = load_denoiser(task.model, open_parts(**where))
             networks = {name: _SingleRows(network) for name, network in denoiser.networks.items()}
-            self._denoiser = DenoiserStage(retask(denoiser, networks=networks), slots=self._slots, device=task.device)
+            self._denoiser = DenoiserStage(replace(denoiser, networks=networks), slots=self._slots, device=task.device)
 
     def _jobs(self, asked: Sequence[Asked]) -> list[Any]:
         from streamflow.flow.guidance import Guidance

@@ -64,6 +64,9 @@ class StageSettings(Settings):
     engines: Path = Field(
         default_factory=default_engines, description="Where `streamflow engine` puts the graphs and engines of networks"
     )
+    make_engines: bool = Field(
+        False, description="Make the graphs and engines that are missing before serving, which takes minutes"
+    )
     threads: int = Field(0, ge=0, description="CPU threads of the networks; 0 = all cores (1 in deterministic mode)")
     deterministic: bool = Field(
         False, description="Equal bytes whatever the neighbours: one row count for every call, fixed threads"

@@ -27,6 +27,7 @@ def main() -> None:
             dtype=settings.dtype,
             backend=settings.backend,
             engines=settings.engines,
+            make_engines=settings.make_engines,
             threads=settings.threads or int(settings.deterministic),
             max_wait_s=settings.max_wait_ms / 1000,
             image_workers=settings.image_workers,

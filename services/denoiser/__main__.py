@@ -26,6 +26,7 @@ def main() -> None:
             dtype=settings.dtype,
             backend=settings.backend,
             engines=settings.engines,
+            make_engines=settings.make_engines,
             threads=settings.threads or int(settings.deterministic),
             slots=settings.slots,
             deterministic=settings.deterministic,

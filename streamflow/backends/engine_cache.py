@@ -163,6 +163,11 @@ class EngineCache:
         return Store(folder, kind="engine", remedy="`streamflow engine build` makes it")
 
 
+def powers_of_two(largest: int) -> tuple[int, ...]:
+    """Up to `largest`, which is the last: row counts where nothing was measured."""
+    return (*(2**k for k in range(largest.bit_length()) if 2**k < largest), largest)
+
+
 def _size(axis: int | str, axes: Mapping[str, int]) -> int:
     return axes[axis] if isinstance(axis, str) else axis
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from streamflow.backends.engine_cache import HEIGHT, WIDTH, EngineCache, Profiles
+from streamflow.backends import tensorrt_build
+from streamflow.backends.engine_cache import HEIGHT, WIDTH, EngineCache, Profiles, powers_of_two
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.onnx_runtime import OnnxRuntimeRunner
 from streamflow.backends.open_vino import OpenVinoRunner
@@ -39,19 +40,20 @@ def open_parts(
     engines: Path | None = None,
     threads: int = 0,
     rows: int = _MOST_ROWS,
+    make_missing: bool = False,
 ) -> Opener:
     """By what users write.
 
     Args:
         engines: where exported graphs and engines are; None = nowhere.
-        rows: see Opener.
+        rows, make_missing: see Opener.
 
     Raises:
         InvalidRequestError: one of them does not exist, or not together.
     """
     where = resolve_device(device)
     store = None if engines is None else GraphStore(engines)
-    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows)
+    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows, make_missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class Opener:
         dtype: in which it computes.
         threads: of one call; 0 = all.
         rows: that an engine must take in one call.
+        make_missing: graphs and engines that are not there are made, which takes minutes.
 
     Raises:
         InvalidRequestError: a backend that there is not, or not on this device or in this precision.
@@ -74,6 +77,7 @@ class Opener:
     store: GraphStore | None = None
     threads: int = 0
     rows: int = _MOST_ROWS
+    make_missing: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -127,8 +131,18 @@ class Opener:
 
     def _open(self, part: Part, name: str, store: GraphStore) -> Runner:
         if name == TENSORRT:
-            cache = EngineCache(store, platform(self.device), dtype=self.dtype)
-            return TensorRtRunner(cache.find(part, self._wanted(part)), part, device=self.device)
+            cache, wanted = EngineCache(store, platform(self.device), dtype=self.dtype), self._wanted(part)
+            try:
+                built = cache.find(part, wanted)
+            except NotFoundError:
+                if not self.make_missing:
+                    raise
+                _log.info("building an engine", part=part.name, rows=self.rows)
+                built = cache.make(part, Profiles(powers_of_two(self.rows), wanted.sizes), tensorrt_build.build)
+            return TensorRtRunner(built, part, device=self.device)
+        if self.make_missing:
+            _log.info("exporting, unless it is there", part=part.name)
+            store.make(part)
         path = store.find(part)
         if name == "openvino":
             return OpenVinoRunner(path, threads=self.threads, dtype=self.dtype)

@@ -117,7 +117,7 @@ def build(
     store, parts = _opened(model, engines)
     chosen = _chosen(parts, part)
     card = describe(model or default_model())
-    sizes = tuple(sorted(_size(one, card) for one in size or [f"{card.default_width}x{card.default_height}"]))
+    sizes = tuple(sorted(read_size(one, card) for one in size or [f"{card.default_width}x{card.default_height}"]))
     cache = EngineCache(store, platform(where), dtype=precision)
     console, made = Console(stderr=True), []
     write = partial(tensorrt_build.build, refittable=refittable, version_compatible=version_compatible)
@@ -179,7 +179,7 @@ def _chosen(parts: Mapping[str, Part], wanted: Sequence[str] | None) -> Sequence
     return wanted or list(parts)
 
 
-def _size(text: str, card: ModelCard) -> tuple[int, int]:
+def read_size(text: str, card: ModelCard) -> tuple[int, int]:
     """(height, width) in pixels."""
     from streamflow.errors import InvalidRequestError
     from streamflow.validation import check_size

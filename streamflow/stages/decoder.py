@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_SLOTS = 8
 PREVIEW_QUALITY = 80
+MAX_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +49,7 @@ class DecoderStage:
         decoders: Mapping[DecoderKind, LatentDecoder],
         card: ModelCard,
         *,
-        max_rows: int = 4,
+        max_rows: int = MAX_ROWS,
         max_wait_s: float = 0.004,
         image_workers: int = 1,
         deterministic: bool = False,
@@ -72,6 +73,7 @@ class DecoderStage:
         dtype: str = "auto",
         backend: str = "auto",
         engines: Path | None = None,
+        make_engines: bool = False,
         threads: int = 0,
         max_wait_s: float = 0.004,
         image_workers: int = 1,
@@ -82,14 +84,16 @@ class DecoderStage:
         """Loads every autoencoder that the checkpoint has, and nothing else of it.
 
         Args:
-            backend, engines, threads: see streamflow.backends.select.open_parts.
+            backend, engines, threads, make_engines: see streamflow.backends.select.open_parts.
             name: that clients use; empty = the folder's name.
         """
         from streamflow.backends.select import open_parts
         from streamflow.families import describe, load_decoder
 
         card = describe(path, name)
-        open_part = open_parts(device, dtype, backend=backend, engines=engines, threads=threads)
+        open_part = open_parts(
+            device, dtype, backend=backend, engines=engines, threads=threads, rows=MAX_ROWS, make_missing=make_engines
+        )
         decoders = {kind: load_decoder(path, kind, open_part) for kind in card.decoders}
         return cls(
             decoders,

@@ -80,6 +80,7 @@ class DenoiserStage:
         dtype: str = "auto",
         backend: str = "auto",
         engines: Path | None = None,
+        make_engines: bool = False,
         threads: int = 0,
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
@@ -89,8 +90,8 @@ class DenoiserStage:
         """Loads the denoising networks of a checkpoint, and nothing else of it.
 
         Args:
-            backend, engines, threads: see streamflow.backends.select.open_parts; where `compiled` is asked for it is
-                torch.
+            backend, engines, threads, make_engines: see streamflow.backends.select.open_parts; where `compiled` is
+                asked for it is torch.
             slots: images at once; 0 = as many as its measured cost asks for.
             deterministic: a picture's bytes do not depend on its neighbours; every network call has one row count,
                 unless they do not anyway.
@@ -100,7 +101,13 @@ class DenoiserStage:
         """
         chosen = TORCH if compiled else backend
         open_part = open_parts(
-            device, dtype, backend=chosen, engines=engines, threads=threads, rows=2 * (slots or LEAST_SLOTS)
+            device,
+            dtype,
+            backend=chosen,
+            engines=engines,
+            threads=threads,
+            rows=2 * (slots or LEAST_SLOTS),
+            make_missing=make_engines,
         )
         denoiser = load_denoiser(path, open_part, name=name)
         cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)

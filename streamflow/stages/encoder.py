@@ -88,6 +88,7 @@ class EncoderStage:
         dtype: str = "auto",
         backend: str = "auto",
         engines: Path | None = None,
+        make_engines: bool = False,
         threads: int = 0,
         max_wait_s: float = 0.004,
         deterministic: bool = False,
@@ -97,13 +98,15 @@ class EncoderStage:
         """Loads the text encoder and the VAE of a checkpoint, and nothing else of it.
 
         Args:
-            backend, engines, threads: see streamflow.backends.select.open_parts.
+            backend, engines, threads, make_engines: see streamflow.backends.select.open_parts.
             name: that clients use; empty = the folder's name.
         """
         from streamflow.backends.select import open_parts
         from streamflow.families import describe, load_text_encoder, load_vae_encoder
 
-        open_part = open_parts(device, dtype, backend=backend, engines=engines, threads=threads)
+        open_part = open_parts(
+            device, dtype, backend=backend, engines=engines, threads=threads, make_missing=make_engines
+        )
         text = load_text_encoder(path, open_part)
         images = load_vae_encoder(path, open_part)
         card = describe(path, name)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from streamflow import families
 from streamflow.backends import select
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.parts import Part
@@ -93,3 +94,32 @@ async def test_the_stages_give_what_they_give_on_torch(sd_checkpoint: Path, stor
     for ours, theirs in zip(found[backend][:2], found["torch"][:2], strict=True):
         assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
     assert np.abs(found[backend][2].astype(int) - found["torch"][2]).max() <= 1
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "torch"])
+def test_deterministic_pads_only_where_bits_would_change(sd_checkpoint: Path, store: GraphStore, backend: str) -> None:
+    stage = DenoiserStage.load(
+        sd_checkpoint, device="cpu", backend=backend, engines=store.folder, threads=1, deterministic=True, slots=8
+    )
+    assert stage.row_counts == ((8,) if backend == "torch" else ())
+    rng = np.random.default_rng(0)
+    texts = {role: {"prompt_embeds": rng.normal(size=(TOKENS, 16)).astype(np.float32)} for role in Role}
+    jobs = [DenoiseJob(texts, 2 + seed, Guidance((1.0, 4.0)[seed % 2]), "euler", seed, 64, 64) for seed in range(5)]
+    for job, together in zip(jobs, stage.run(jobs), strict=True):
+        [alone] = stage.run([job])
+        assert np.array_equal(alone, together)
+
+
+def test_the_number_of_slots_follows_from_what_a_call_costs(sd_checkpoint: Path, tmp_path: Path) -> None:
+    stage = DenoiserStage.load(sd_checkpoint, device="cpu", engines=tmp_path, slots=0)
+    assert stage.cost is not None
+    assert stage.slots == stage.cost.slots(least=4, most=64)
+    again = DenoiserStage.load(sd_checkpoint, device="cpu", engines=tmp_path, slots=0)
+    assert again.cost == stage.cost, "it is measured once on a machine"
+
+
+def test_what_is_missing_is_made_where_that_was_asked_for(sd_checkpoint: Path, tmp_path: Path) -> None:
+    [part] = [part for part in families.parts(sd_checkpoint) if part.name == "tiny_decoder"]
+    opener = open_parts("cpu", backend="onnxruntime", engines=tmp_path, make_missing=True)
+    assert opener(part).name == "onnxruntime"
+    assert open_parts("cpu", backend="onnxruntime", engines=tmp_path)(part).name == "onnxruntime"

@@ -333,3 +333,29 @@ def test_engine_exports_what_is_asked_for_and_lists_what_is_there(
     refused = run("engine", "export", *where, "--part", "tiny")
     assert refused.exit_code == 2
     assert refused.stderr.startswith("streamflow: part: got 'tiny'; allowed: text_encoder, unet")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--device", "cpu"], "device: got 'cpu'; allowed: a GPU"),
+        (["--device", "gpu"], "device: got 'gpu'"),
+        (["--device", "cpu", "--dtype", "float8"], "device"),
+    ],
+)
+def test_engines_are_not_built_without_a_gpu(sd_checkpoint: Path, arguments: list[str], says: str) -> None:
+    refused = run("engine", "build", "--model", str(sd_checkpoint), *arguments)
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith(f"streamflow: {says}")
+
+
+@pytest.mark.parametrize("size", ["512", "512x", "0x64", "64x63", "x", "64 x 64", "100000x64"])
+def test_a_size_that_cannot_be_built_is_refused(sd_checkpoint: Path, size: str) -> None:
+    from streamflow.cli.engine import read_size
+    from streamflow.errors import InvalidRequestError
+    from streamflow.families import describe
+
+    card = describe(sd_checkpoint)
+    assert read_size("64x32", card) == (32, 64)
+    with pytest.raises(InvalidRequestError, match=r"size|width|height"):
+        read_size(size, card)
