@@ -116,7 +116,7 @@ async def offer(client: AsyncClient, per_s: float, seconds: float, name: str) ->
 @pytest.mark.timeout(180)
 async def test_1_overload(tally: Tally) -> None:
     """Half, nine tenths and twice the capacity of a denoiser with 8 slots, in an open loop."""
-    seconds = 6.0
+    seconds = 5.0
     async with (
         light_deployment(slots=8) as deployment,
         AsyncClient(deployment.address, max_busy_retries=0) as client,
