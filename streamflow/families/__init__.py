@@ -94,7 +94,6 @@ def _loading(path: Path | str, name: str = "") -> Iterator[tuple[ModuleType, dic
     """
     folder = Path(path)
     family, card = _family(folder), describe(folder, name)
-    _be_quiet()
     from safetensors import SafetensorError
 
     try:
@@ -104,15 +103,3 @@ def _loading(path: Path | str, name: str = "") -> Iterator[tuple[ModuleType, dic
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InvalidRequestError("model", str(folder), "a checkpoint whose weights can be loaded", reason) from error
-
-
-def _be_quiet() -> None:
-    """Tells the libraries that load to be: our own logs say what is loaded."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    import diffusers
-
-    diffusers.logging.set_verbosity_error()
-    diffusers.logging.disable_progress_bar()

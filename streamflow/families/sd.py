@@ -6,7 +6,7 @@ UNet is fed `1000 sigma` and predicts the velocity `noise - data`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import numpy as np
 from streamflow.errors import InvalidRequestError
 from streamflow.families.base import Denoiser
 from streamflow.families.checkpoint import read_json, recommended, weights_revision
+from streamflow.families.libraries import from_diffusers, from_transformers
 from streamflow.flow.programs import BASE, REFINER
 from streamflow.flow.samplers import served
 from streamflow.flow.schedules import ScheduleSpec
@@ -92,9 +93,7 @@ def _refiner(folder: Path, unet: Mapping[str, Any]) -> RefinerSpec | None:
 
 
 def load_text_encoder(folder: Path, *, card: ModelCard, open_part: OpenPart) -> ClipTextEncoder:
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = from_transformers("CLIPTokenizer").from_pretrained(folder / "tokenizer")
     return ClipTextEncoder(tokenizer, open_part(_text_encoder(folder, card)))
 
 
@@ -131,25 +130,14 @@ def _text_encoder(folder: Path, card: ModelCard) -> Part:
 
     from streamflow.backends.parts import ROWS, Input, Part
 
-    def load(device: torch.device, dtype: torch.dtype) -> nn.Module:
-        from transformers import CLIPTextModel
-
-        model: nn.Module = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype, use_safetensors=True)
-        return model.to(device).eval()
-
     words = read_json(folder, "text_encoder/config.json")["vocab_size"]
     tokens = Input((ROWS, card.max_prompt_tokens), torch.int64, below=words)
+    load = partial(_load, from_transformers, "CLIPTextModel", folder / "text_encoder")
     return Part("text_encoder", card.revision, {"input_ids": tokens}, "prompt_embeds", load, _call_text)
 
 
 def _unet(folder: Path, name: str, card: ModelCard) -> Part:
     from streamflow.backends.parts import ROWS, Input, Part
-
-    def load(device: torch.device, dtype: torch.dtype) -> nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        unet: nn.Module = UNet2DConditionModel.from_pretrained(folder / name, dtype=dtype, use_safetensors=True)
-        return unet.to(device).eval()
 
     config = read_json(folder, f"{name}/config.json")
     inputs = {
@@ -157,6 +145,7 @@ def _unet(folder: Path, name: str, card: ModelCard) -> Part:
         "timestep": Input((ROWS,), below=1000, exact=True),
         "prompt_embeds": Input((ROWS, card.max_prompt_tokens, config["cross_attention_dim"])),
     }
+    load = partial(_load, from_diffusers, "UNet2DConditionModel", folder / name)
     return Part(name, card.revision, inputs, "velocity", load, _call_unet, _latent_size(card), card.latent_factor)
 
 
@@ -170,7 +159,7 @@ def _vae_encoder(folder: Path, card: ModelCard) -> Part:
         card.revision,
         {"images": images},
         "latents",
-        partial(_load_vae, folder),
+        partial(_load, from_diffusers, "AutoencoderKL", folder / "vae"),
         _call_vae_encoder,
         sizes,
     )
@@ -182,11 +171,11 @@ def _decoder(folder: Path, kind: DecoderKind, card: ModelCard) -> Part:
     latents = {"latents": Input((ROWS, card.latent_channels, "height", "width"))}
     size, factor = _latent_size(card), card.latent_factor
     if kind is DecoderKind.FULL:
-        load = partial(_load_vae, folder)
+        load = partial(_load, from_diffusers, "AutoencoderKL", folder / "vae")
         return Part("vae_decoder", card.revision, latents, "images", load, _call_vae_decoder, size, factor)
     if not (folder / "tiny_vae").is_dir():
         raise InvalidRequestError("decoder", kind.value, "full", f"{folder} has no tiny_vae folder")
-    load = partial(_load_tiny, folder)
+    load = partial(_load, from_diffusers, "AutoencoderTiny", folder / "tiny_vae")
     return Part("tiny_decoder", card.revision, latents, "images", load, _call_tiny_decoder, size, factor)
 
 
@@ -194,18 +183,11 @@ def _latent_size(card: ModelCard) -> dict[str, int]:
     return {"height": card.default_height // card.latent_factor, "width": card.default_width // card.latent_factor}
 
 
-def _load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from diffusers import AutoencoderKL
-
-    vae: nn.Module = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtype, use_safetensors=True)
-    return vae.to(device).eval()
-
-
-def _load_tiny(folder: Path, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from diffusers import AutoencoderTiny
-
-    tiny: nn.Module = AutoencoderTiny.from_pretrained(folder / "tiny_vae", dtype=dtype, use_safetensors=True)
-    return tiny.to(device).eval()
+def _load(
+    library: Callable[[str], Any], name: str, folder: Path, device: torch.device, dtype: torch.dtype
+) -> nn.Module:
+    model: nn.Module = library(name).from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model.to(device).eval()
 
 
 def _call_text(model: Any, input_ids: Tensor) -> Tensor:
