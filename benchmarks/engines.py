@@ -16,7 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -104,10 +104,7 @@ def compare(
     found: dict[Contestant, list[Lap]] = {contestant: [] for contestant in contestants}
     with Progress() as progress:
         loading = progress.add_task("loading", total=len(contestants))
-        with _processes(contestants, task) as processes:
-            for connection in processes.values():
-                connection.recv()
-                progress.advance(loading)
+        with _processes(contestants, task, on_loaded=lambda: progress.advance(loading)) as processes:
             running = progress.add_task("laps", total=len(contestants) * (len(laps) + 1))
             for number, lap in enumerate([*laps, ()]):
                 start = number % len(contestants)
@@ -119,7 +116,9 @@ def compare(
 
 
 @contextmanager
-def _processes(contestants: Sequence[Contestant], task: Task) -> Iterator[dict[Contestant, Connection]]:
+def _processes(
+    contestants: Sequence[Contestant], task: Task, *, on_loaded: Callable[[], None]
+) -> Iterator[dict[Contestant, Connection]]:
     context = multiprocessing.get_context("spawn")
     ours, running = {}, []
     for contestant in contestants:
@@ -129,6 +128,9 @@ def _processes(contestants: Sequence[Contestant], task: Task) -> Iterator[dict[C
         # Else a contestant that dies would leave us waiting.
         theirs.close()
         running.append(process)
+        # One by one: what they measure while they load, they measure alone.
+        ours[contestant].recv()
+        on_loaded()
     try:
         yield ours
     finally:
