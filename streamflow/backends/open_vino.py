@@ -23,7 +23,7 @@ class OpenVinoRunner:
 
     Raises:
         UnavailableError: OpenVINO is not installed.
-        InvalidRequestError: the graph cannot be read, or the precision is another one.
+        InvalidRequestError: the graph cannot be read, or the precision is one that there is not here.
     """
 
     name = "openvino"
@@ -43,8 +43,12 @@ class OpenVinoRunner:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
         }
+        core = openvino.Core()
+        if dtype is torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            # OpenVINO would compute in float32 without a word.
+            raise InvalidRequestError("dtype", "bfloat16", "float32 on this processor, which has no bfloat16")
         try:
-            self._request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+            self._request = core.compile_model(path, "CPU", settings).create_infer_request()
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InvalidRequestError("graph", str(path), "an ONNX graph that OpenVINO can load", reason) from error
