@@ -15,7 +15,8 @@ import pytest
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
 from streamflow.transport.base import Entry, Heartbeat, ImageRef, Transport
 from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
-from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome, StageWorker
+from streamflow.transport.handling import Advance, EntryContext, Finish, Outcome
+from streamflow.transport.worker import StageWorker
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 from tests.transport.worlds import FAST, QUIET, World, new_job, redis_binary
 
