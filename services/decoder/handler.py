@@ -18,7 +18,7 @@ from streamflow.rpc.convert import decoder_to_pb, format_to_pb, preview_event
 from streamflow.stages.decoder import DecoderStage
 from streamflow.telemetry import get_logger
 from streamflow.transport.base import Entry, PreviewTask, Transport
-from streamflow.transport.worker import EntryContext, Finish, Outcome
+from streamflow.transport.handling import EntryContext, Finish, Outcome
 from streamflow.v1 import types_pb2
 
 LOOK_AGAIN_S = 0.2

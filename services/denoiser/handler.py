@@ -18,7 +18,7 @@ from streamflow.stages.runner import EngineEndedError, SuspendedError
 from streamflow.telemetry import get_logger
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, PreviewTask, Transport
-from streamflow.transport.worker import Advance, EntryContext, Outcome
+from streamflow.transport.handling import Advance, EntryContext, Outcome
 from streamflow.types import DenoiseJob, SlotState, Stage, Tensors
 
 PROGRESS_INTERVAL_S = 0.1

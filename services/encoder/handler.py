@@ -15,7 +15,7 @@ from streamflow.host.sources import stored_source
 from streamflow.stages.encoder import EncodedText, EncoderStage, prompt_cache_key, truncation_warning
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Transport
-from streamflow.transport.worker import Advance, EntryContext, Outcome
+from streamflow.transport.handling import Advance, EntryContext, Outcome
 from streamflow.types import Stage
 from streamflow.v1 import encoder_pb2
 

@@ -16,7 +16,8 @@ from streamflow.errors import InvalidRequestError, UnavailableError
 from streamflow.rpc.convert import worker_to_pb
 from streamflow.rpc.errors import rpc_errors
 from streamflow.transport.base import Transport
-from streamflow.transport.worker import DrainReport, EntryContext, Outcome, StageWorker
+from streamflow.transport.handling import EntryContext, Outcome
+from streamflow.transport.worker import DrainReport, StageWorker
 from streamflow.types import ModelCard, Stage, WorkerInfo
 from streamflow.v1 import types_pb2
 

@@ -25,7 +25,7 @@ from streamflow.errors import NOT_FINITE, GenerationError
 from streamflow.flow.programs import Role
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Payload, Transport
-from streamflow.transport.worker import Advance
+from streamflow.transport.handling import Advance
 from streamflow.types import ModelCard, SlotState, Stage
 from streamflow.v1 import types_pb2
 

@@ -212,7 +212,7 @@ class MemoryTransport:
             return False
         job = self._state.jobs[entry.ref.job_id]
         if job.deadline_at_s <= self._clock():
-            # Whenever the reaper comes by: the client was told so at that moment.
+            # Not when the reaper comes by: how a job ends must not depend on that.
             self._state.end_late(job)
             return False
         self._state.finish_image(entry.ref, result)

@@ -201,6 +201,8 @@ class State:
         self.release()
 
     def end_late(self, job: Job) -> None:
+        """Ends a job whose deadline has passed."""
+        # Or nobody would learn from what never ends in time.
         for index in job.live():
             if job.places[index] != WAITING:
                 self.measure(job, index, is_done=False)

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
 from streamflow.transport.backoff import Backoff
-from streamflow.transport.base import Entry, Payload, Transport
+from streamflow.transport.base import Entry, Transport
+from streamflow.transport.handling import Advance, EntryContext, Finish, Handler, Outcome, OutOfTimeError
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -21,25 +22,6 @@ _BLOCK_S = 1.0
 # Less than what the gRPC server and the supervisors leave after the grace period.
 _SUSPEND_S = 1.5
 _TRANSIENT = (UnavailableError, BusyError)
-
-
-@dataclass(frozen=True, slots=True)
-class Advance:
-    """The image goes on to another stage, with what that stage needs to know."""
-
-    to: Stage
-    payload: Payload
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The image is done, or failed for good."""
-
-    result: bytes | Failure
-
-
-Outcome = Advance | Finish
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,58 +45,6 @@ class DrainReport:
 
     finished: int
     handed_back: int
-
-
-class EntryContext:
-    """One entry in hand, as its handler sees it. Belongs to the event loop: other threads call it through the loop.
-
-    Attributes:
-        step_s: the longest time from one progress to the next one so far.
-    """
-
-    def __init__(self, entry: Entry, *, progress_timeout_s: float) -> None:
-        self.entry = entry
-        self.step_s = 0.0
-        self._last_progress: float | None = None
-        self._progress_timeout_s = progress_timeout_s
-        self._deadline = asyncio.get_running_loop().time() + entry.remaining_s
-        self._limit: asyncio.Timeout | None = None
-
-    def progress(self) -> None:
-        """Says that the work goes on; without it the handler is stopped after the worker's `progress_timeout_s`."""
-        now = asyncio.get_running_loop().time()
-        if self._last_progress is not None:
-            self.step_s = max(self.step_s, now - self._last_progress)
-        self._last_progress = now
-        if self._limit is not None and not self._limit.expired():
-            self._limit.reschedule(self._next_limit())
-
-    @property
-    def past_deadline(self) -> bool:
-        return asyncio.get_running_loop().time() >= self._deadline
-
-    async def run(self, handle: Handler) -> Outcome:
-        """Raises _OutOfTimeError when there was no progress for too long, or when the deadline passed."""
-        try:
-            async with asyncio.timeout_at(self._next_limit()) as limit:
-                self._limit = limit
-                return await handle(self)
-        except Exception as error:
-            if limit.expired():
-                raise _OutOfTimeError from error
-            raise
-        finally:
-            self._limit = None
-
-    def _next_limit(self) -> float:
-        return min(self._deadline, asyncio.get_running_loop().time() + self._progress_timeout_s)
-
-
-class _OutOfTimeError(Exception):
-    pass
-
-
-Handler = Callable[[EntryContext], Awaitable[Outcome]]
 
 
 class StageWorker:
@@ -275,7 +205,7 @@ class StageWorker:
         entry, service = context.entry, self._stage.service
         try:
             return await context.run(self._handle)
-        except _OutOfTimeError:
+        except OutOfTimeError:
             if context.past_deadline:
                 return _End(JobState.DEADLINE, Failure(DeadlineError.code, "the deadline passed", service))
             log.error("%s: no progress on %s for %.1f s", service, entry.ref, self._progress_timeout_s)

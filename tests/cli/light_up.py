@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from pathlib import Path
 
 from streamflow.cli import up
 from streamflow.cli.supervisor import SERVICES, LocalDeployment
+from streamflow.config import default_model
 
-SHAPES = Path(__file__).parents[2] / "models" / "shapes"
+SHAPES = default_model()
 LIGHT = {kind: (sys.executable, "-m", "tests.cli.light_service", name) for kind, name in SERVICES.items()}
 
 

@@ -33,8 +33,8 @@ from streamflow.rpc.convert import format_to_pb, progress_event
 from streamflow.rpc.server import Service
 from streamflow.telemetry import configure_logging
 from streamflow.transport.base import Transport
+from streamflow.transport.handling import Advance, EntryContext, Finish, Outcome
 from streamflow.transport.redis_streams import RedisTransport
-from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome
 from streamflow.types import ImageFormat, ModelCard, Stage
 from streamflow.v1 import (
     decoder_pb2,

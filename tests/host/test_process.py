@@ -18,8 +18,8 @@ from streamflow.host import process
 from streamflow.host.control import ControlServicer
 from streamflow.host.process import StageService, run_stage, serve
 from streamflow.rpc.server import Service
+from streamflow.transport.handling import EntryContext, Outcome
 from streamflow.transport.memory import MemoryTransport
-from streamflow.transport.worker import EntryContext, Outcome
 from streamflow.types import Stage
 from streamflow.v1 import denoiser_pb2_grpc
 from tests.faults.light_stage import LightStage

@@ -33,11 +33,12 @@ from streamflow.stages.encoder import EncoderStage, prompt_cache_key
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, ImageRef, JobView, NewJob
 from streamflow.transport.embedded import EmbeddedRedis
+from streamflow.transport.handling import EntryContext, Finish, Handler, Outcome
 from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
 from streamflow.transport.redis_client import connect
 from streamflow.transport.redis_streams import RedisTransport
-from streamflow.transport.worker import EntryContext, Finish, Handler, Outcome, StageWorker
+from streamflow.transport.worker import StageWorker
 from streamflow.types import DecoderKind, DenoiseJob, JobState, Stage, Tensors, WorkerInfo
 from streamflow.v1 import types_pb2
 from tests.properties.strategies import (

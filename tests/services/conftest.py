@@ -16,8 +16,8 @@ from streamflow.stages.decoder import DecoderStage
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.stages.encoder import EncoderStage
 from streamflow.transport.base import Entry, ImageRef, NewJob, Payload
+from streamflow.transport.handling import Advance, EntryContext, Finish, Handler, Outcome
 from streamflow.transport.memory import MemoryTransport
-from streamflow.transport.worker import Advance, EntryContext, Finish, Handler, Outcome
 from streamflow.types import ModelCard, Stage
 from streamflow.v1 import types_pb2
 

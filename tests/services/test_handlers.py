@@ -25,7 +25,7 @@ from streamflow.stages.denoiser import DenoiserStage
 from streamflow.stages.imaging import decode_rgb, encode_image
 from streamflow.transport import codec
 from streamflow.transport.base import ImageRef, NewJob, PreviewTask
-from streamflow.transport.worker import Advance, Finish
+from streamflow.transport.handling import Advance, Finish
 from streamflow.types import DecoderKind, DenoiseJob, EncodeJob, ImageFormat, JobState, SlotState, Stage
 from streamflow.v1 import gateway_pb2, types_pb2
 from tests.services.conftest import WORKER, Rig, Stages

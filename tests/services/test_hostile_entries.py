@@ -14,7 +14,7 @@ from streamflow.errors import GenerationError, StreamFlowError
 from streamflow.stages.imaging import encode_image
 from streamflow.transport import codec
 from streamflow.transport.base import ImageRef, PreviewTask
-from streamflow.transport.worker import Advance
+from streamflow.transport.handling import Advance
 from streamflow.types import Failure, ImageFormat, Stage
 from streamflow.v1 import encoder_pb2, types_pb2
 from tests.services.conftest import Rig

@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 
+from streamflow.transport.handling import EntryContext, Outcome
 from streamflow.transport.redis_streams import RedisTransport
-from streamflow.transport.worker import EntryContext, Outcome, StageWorker
+from streamflow.transport.worker import StageWorker
 from streamflow.types import Stage, WorkerInfo
 from tests.transport.worlds import FAST
 

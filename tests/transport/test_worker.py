@@ -3,71 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
 from streamflow.transport.base import Entry, Heartbeat, ImageRef, Transport
-from streamflow.transport.embedded import EmbeddedRedis, find_redis_server, redis_version
-from streamflow.transport.worker import Advance, EntryContext, Finish, Outcome, StageWorker
-from streamflow.types import Failure, JobState, Stage, WorkerInfo
-from tests.transport.worlds import FAST, QUIET, World, new_job, redis_binary
-
-# Beats come every quarter of it; a busy machine must not take a live worker for a dead one.
-STEADY = replace(FAST, lease_s=1.5)
-
-
-def make_worker(transport: Transport, handle, *, stage=Stage.ENCODE, worker_id="w", **settings) -> StageWorker:
-    info = WorkerInfo(worker_id, stage, "host:1", "shapes", "r1", "none", "cpu", slots=settings.get("capacity", 4))
-    return StageWorker(transport, stage, handle, info=lambda: info, **{"capacity": 4, **settings})
-
-
-@asynccontextmanager
-async def running(worker: StageWorker) -> AsyncIterator[asyncio.Task[None]]:
-    task = asyncio.create_task(worker.run())
-    try:
-        yield task
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
-
-
-def ended(transport: Transport, job_id: str = "a") -> Callable:
-    async def condition():
-        view = await transport.job(job_id)
-        return view if view.state.terminal else None
-
-    return condition
-
-
-class Hold:
-    """A handler that holds what it gets until it is let go, and remembers all of it."""
-
-    def __init__(self) -> None:
-        self.let_go = asyncio.Event()
-        self.seen: list[tuple[str, int]] = []
-        self.cancelled: list[str] = []
-
-    async def __call__(self, context: EntryContext) -> Outcome:
-        self.seen.append((str(context.entry.ref), context.entry.attempt))
-        try:
-            await self.let_go.wait()
-        except asyncio.CancelledError:
-            self.cancelled.append(str(context.entry.ref))
-            raise
-        return Finish(b"picture")
-
-    def has(self, count: int) -> Callable:
-        async def condition():
-            return len(self.seen) >= count
-
-        return condition
+from streamflow.transport.handling import Advance, EntryContext, Finish, Outcome
+from streamflow.types import Failure, JobState, Stage
+from tests.transport.workers import STEADY, Hold, ended, make_worker, running
+from tests.transport.worlds import FAST, QUIET, World, new_job
 
 
 @pytest.fixture
@@ -488,85 +434,3 @@ async def test_a_place_that_is_lent_is_not_filled_from_the_stream(world, eventua
 def test_a_worker_without_room_is_a_mistake(transport):
     with pytest.raises(ValueError, match="capacity"):
         make_worker(transport, Hold(), capacity=0)
-
-
-# -- processes that die ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def one_world(deployment: str, request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    """Processes take long to start, and both versions of Redis have been compared above."""
-    has_7 = any(redis_version(binary).startswith("7.") for binary in find_redis_server())
-    world = World(deployment, request.getfixturevalue("redis_7" if has_7 else "redis_62"))
-    yield world
-    await world.close()
-
-
-def spawn(world: World, worker_id: str, how: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.transport.lone_worker", world.server.url, world.deployment, worker_id, how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-async def test_work_of_a_killed_process_goes_to_another(one_world, eventually):
-    transport = one_world.open(policy=FAST)
-    await transport.admit(new_job(num_images=2))
-    with spawn(one_world, "killed", "hangs") as process:
-        lines = [await asyncio.to_thread(process.stdout.readline) for _ in range(2)]
-        assert sorted(lines) == ["a:0 1\n", "a:1 1\n"]
-        process.kill()
-    hold = Hold()
-    hold.let_go.set()
-    async with running(make_worker(transport, hold)):
-        assert (await eventually(ended(transport))).state is JobState.IMAGES
-    assert sorted(hold.seen) == [("a:0", 2), ("a:1", 2)]
-
-
-async def test_a_terminated_process_hands_back_at_once(one_world):
-    transport = one_world.open(policy=replace(FAST, lease_s=600))
-    await transport.admit(new_job(num_images=2))
-    with spawn(one_world, "terminated", "hangs") as process:
-        for _ in range(2):
-            await asyncio.to_thread(process.stdout.readline)
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.to_thread(process.wait, 20) == 0
-    entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
-    assert [entry.attempt for entry in entries] == [1, 1]
-
-
-async def test_an_image_that_kills_its_workers_is_given_up(one_world, eventually):
-    transport = one_world.open(policy=FAST)
-    await transport.admit(new_job())
-    attempts = []
-    for k in range(3):
-        with spawn(one_world, f"w{k}", "dies") as process:
-            attempts.append(await asyncio.to_thread(process.stdout.readline))
-            assert await asyncio.to_thread(process.wait) == -signal.SIGKILL
-    assert attempts == ["a:0 1\n", "a:0 2\n", "a:0 3\n"]
-    hold = Hold()
-    async with running(make_worker(transport, hold)):
-        view = await eventually(ended(transport))
-    assert (view.state, view.failure.stage, hold.seen) == (JobState.ERROR, "encoder", [])
-    assert await transport.backlog() == QUIET
-
-
-@pytest.mark.parametrize("version", ["6.2", "7"])
-async def test_a_worker_goes_on_after_redis_was_away(version, deployment, eventually):
-    with EmbeddedRedis(binary=redis_binary(version)) as server:
-        world = World(deployment, server)
-        gateway = world.open(policy=STEADY)
-        hold = Hold()
-        worker = make_worker(world.open(policy=STEADY), hold)
-        async with running(worker):
-            await gateway.admit(new_job())
-            await eventually(hold.has(1))
-            server.kill()
-            # The outcome is there and has nowhere to go.
-            hold.let_go.set()
-            with pytest.raises(UnavailableError):
-                await gateway.ping()
-            server.start()
-            assert (await eventually(ended(gateway))).state is JobState.IMAGES
-            await gateway.admit(new_job("next"))
-            assert (await eventually(ended(gateway, "next"))).state is JobState.IMAGES
-        await world.close()
-    assert [ref for ref, _ in hold.seen] == ["a:0", "next:0"]

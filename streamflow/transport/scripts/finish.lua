@@ -5,7 +5,7 @@ if place(id, index) ~= stage .. ':' .. entry then
   discard(stream_key(stage, C.revision), entry)
   return 0
 end
--- Whenever the reaper comes by: the client was told so at that moment.
+-- Not when the reaper comes by: how a job ends must not depend on that.
 if NOW >= tonumber(redis.call('HGET', job_key(id), 'deadline')) then
   end_late(id)
   return 0
