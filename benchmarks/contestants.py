@@ -191,6 +191,7 @@ class _Stages:
     """Our three stages, in one thread."""
 
     def __init__(self, contestant: Contestant, task: Task) -> None:
+        from streamflow.backends.select import leave_cores
         from streamflow.families import load_denoiser
         from streamflow.stages.decoder import DecoderStage
         from streamflow.stages.denoiser import DenoiserStage
@@ -213,6 +214,7 @@ class _Stages:
             denoiser = load_denoiser(task.model, open_parts(**where))
             networks = {name: _SingleRows(network) for name, network in denoiser.networks.items()}
             self._denoiser = DenoiserStage(replace(denoiser, networks=networks), slots=self._slots, device=task.device)
+        leave_cores(", ".join((self._encoder.backend, self._decoder.backend)))
 
     def _jobs(self, asked: Sequence[Asked]) -> list[Any]:
         from streamflow.flow.guidance import Guidance

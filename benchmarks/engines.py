@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -30,6 +28,7 @@ from rich.progress import Progress
 from benchmarks.contestants import DIFFUSERS, RUNNING, STATIC, STEPS, Asked, Contestant, Lap, Task, chunks, run
 from benchmarks.judge import Captions, Judge, make_captions
 from streamflow.backends.graphs import GraphStore
+from streamflow.backends.runtime import available_cores, processor_name
 from streamflow.config import default_engines, default_model
 from streamflow.families import parts
 
@@ -83,8 +82,8 @@ def main() -> None:
         "guidance_scale": 1.0,
         "images_per_lap": images,
         "laps": laps,
-        "cores": len(os.sched_getaffinity(0)),
-        "processor": processor(),
+        "cores": available_cores(),
+        "processor": processor_name(torch.device("cpu")),
         "torch": torch.__version__,
         "ratio_to_diffusers": max(row["ratio"] for row in rows),
         "ratio_to_diffusers_float32": max(row["ratio"] for row in rows if row["dtype"] == "float32"),
@@ -220,13 +219,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"| {row['ratio']:.2f} | {row['latency_ms']:.0f} | {row['peak_mib']} | {accuracy} | {frechet} | {psnr} |"
         )
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """Its name, as the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

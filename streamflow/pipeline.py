@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from streamflow.backends.runtime import set_threads
+from streamflow.backends.select import leave_cores
 from streamflow.batching.engine import Progress
 from streamflow.config import EngineSettings
 from streamflow.errors import InvalidRequestError
@@ -95,7 +96,8 @@ class Pipeline:
             decoder: the distilled autoencoder or the checkpoint's own; None = the model's default.
             slots: images in the running batch at once.
             deterministic: equal bytes for equal requests, whatever else runs in the batch.
-            threads: CPU threads in this process; None leaves torch's as they are, or sets one if deterministic.
+            threads: CPU threads of the networks; None = all cores, or one if deterministic. Torch's own in this process
+                stay as they are with None, but are set to one where other runtimes run all networks.
             backend: auto, torch, onnxruntime or openvino; auto is the fastest for which there is an exported graph.
             engines: where `streamflow engine export` put the graphs; None = STREAMFLOW_ENGINES, or the user's cache.
 
@@ -114,12 +116,10 @@ class Pipeline:
         }
         denoiser = DenoiserStage.load(path, slots=slots, **where)  # type: ignore[arg-type]
         kind = _decoder_kind(denoiser.card, decoder)
-        return cls(
-            EncoderStage.load(path, **where),  # type: ignore[arg-type]
-            denoiser,
-            DecoderStage.load(path, **where),  # type: ignore[arg-type]
-            decoder_kind=kind,
-        )
+        encoder = EncoderStage.load(path, **where)  # type: ignore[arg-type]
+        pixels = DecoderStage.load(path, **where)  # type: ignore[arg-type]
+        leave_cores(", ".join((encoder.backend, denoiser.backend, pixels.backend)))
+        return cls(encoder, denoiser, pixels, decoder_kind=kind)
 
     @property
     def card(self) -> ModelCard:

@@ -12,15 +12,20 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 if TYPE_CHECKING:
     from streamflow.backends.parts import Part, Runner
+
+K = TypeVar("K")
+
+COSTS = "costs.json"
+"""Beside a checkpoint's graphs and engines: what was measured with them."""
 
 _WASTE = 0.15
 """Of a call's time that padding may take before there is a bucket for fewer rows."""
@@ -75,30 +80,30 @@ def fit(seconds: Mapping[int, float]) -> Cost:
 
 
 def measure(
-    call: Callable[[int], None], rows: Sequence[int], *, repeats: int = 5, budget_s: float = math.inf
-) -> dict[int, float]:
-    """Seconds of `call(rows)`: medians of interleaved repeats, after one call each that is not counted.
+    call: Callable[[K], None], kinds: Sequence[K], *, repeats: int = 5, budget_s: float = math.inf
+) -> dict[K, float]:
+    """Seconds of `call(kind)`: medians of interleaved repeats, after one call each that is not counted.
 
     Args:
-        call: makes a call of so many rows and waits for its end.
-        rows: rising; two or more.
-        budget_s: when it is spent no more is measured than two counts, once.
+        call: makes a call of a kind, such as a number of rows, and waits for its end.
+        kinds: two or more, the cheapest first.
+        budget_s: when it is spent no more is measured than two kinds, once.
     """
     ends_s = time.perf_counter() + budget_s
-    taken: dict[int, list[float]] = {}
-    for count in rows:
+    taken: dict[K, list[float]] = {}
+    for kind in kinds:
         if len(taken) >= 2 and time.perf_counter() > ends_s:
             break
-        call(count)
-        taken[count] = []
+        call(kind)
+        taken[kind] = []
     for repeat in range(repeats):
         if repeat and time.perf_counter() > ends_s:
             break
-        for count, times in taken.items():
+        for kind, times in taken.items():
             began_s = time.perf_counter()
-            call(count)
+            call(kind)
             times.append(time.perf_counter() - began_s)
-    return {count: median(times) for count, times in taken.items()}
+    return {kind: median(times) for kind, times in taken.items()}
 
 
 def cost_of(part: Part, runner: Runner, counts: Sequence[int], *, budget_s: float = 30.0) -> Cost:
@@ -112,34 +117,35 @@ def cost_of(part: Part, runner: Runner, counts: Sequence[int], *, budget_s: floa
     return fit(measure(call, counts, budget_s=budget_s))
 
 
-def remembered(path: Path | None, key: str, measured: Callable[[], Cost]) -> Cost:
+def remembered(path: Path | None, key: str, measured: Callable[[], Sequence[float]], *, count: int) -> list[float]:
     """What was measured before on this machine, or is now and written down for the next time.
 
     Args:
         path: a JSON file; None = measured every time.
         key: all that the figures depend on.
+        count: of figures.
     """
     known = _read(path) if path is not None else {}
-    if key not in known:
-        known[key] = measured()
+    if len(known.get(key, ())) != count:
+        known[key] = list(measured())
         if path is not None:
             _write(path, known)
     return known[key]
 
 
-def _read(path: Path) -> dict[str, Cost]:
+def _read(path: Path) -> dict[str, list[float]]:
     try:
         said = json.loads(path.read_text("utf-8"))
-        return {key: Cost(float(c0_s), float(c1_s)) for key, (c0_s, c1_s) in said.items()}
+        return {key: [float(value) for value in values] for key, values in said.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         # Not there, or not ours: it is measured anew.
         return {}
 
 
-def _write(path: Path, known: Mapping[str, Cost]) -> None:
+def _write(path: Path, known: Mapping[str, Sequence[float]]) -> None:
     """Atomic; a folder that cannot be written to costs no more than the time to measure again."""
     made = path.with_name(f"{path.name}.{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        made.write_text(json.dumps({key: astuple(cost) for key, cost in known.items()}, indent=1) + "\n", "utf-8")
+        made.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
         os.replace(made, path)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from streamflow.backends.lanes import Call, Lanes
+from streamflow.backends.runtime import available_cores
 from streamflow.errors import InvalidRequestError, UnavailableError
 
 
@@ -16,7 +18,7 @@ class OnnxRuntimeRunner:
 
     Args:
         path: of the graph.
-        threads: of one call; 0 = as ONNX Runtime chooses.
+        threads: of one call; 0 = all cores.
 
     Raises:
         UnavailableError: ONNX Runtime is not installed.
@@ -33,12 +35,21 @@ class OnnxRuntimeRunner:
         except ModuleNotFoundError:
             message = "onnxruntime is missing; install it with: pip install 'streamflow[onnxruntime]'"
             raise UnavailableError(message) from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # What only repeats that an operator runs on the CPU.
-        options.log_severity_level = 3
+
+        def call(threads: int) -> Call:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            # Threads that wait would spin, and take cores from whoever works: another part, another service.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            # What only repeats that an operator runs on the CPU.
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            return lambda feed: session.run(None, feed)[0]
+
+        cores = threads or available_cores()
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            narrow = call(1)
+            self._call = Lanes(call(cores) if cores > 1 else narrow, [narrow] * cores)
         except Exception as error:
             # It raises classes of its own that share no base.
             reason = " ".join(str(error).split())[:300]
@@ -47,5 +58,4 @@ class OnnxRuntimeRunner:
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         # Both ways without a copy: arrays and tensors share their memory.
         feed = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
-        [output] = self._session.run(None, feed)
-        return torch.from_numpy(output)
+        return torch.from_numpy(self._call(feed))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from streamflow.backends.lanes import Call, Lanes
+from streamflow.backends.runtime import available_cores
 from streamflow.errors import InvalidRequestError, UnavailableError
 
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class OpenVinoRunner:
-    """One compiled graph with one inference request.
+    """One graph, compiled for one call on all cores and for calls on one core each.
 
     Args:
         path: of the graph, in float32.
-        threads: of one call; 0 = as OpenVINO chooses.
+        threads: of one call; 0 = all cores.
         dtype: in which it computes: float32, or bfloat16 where the processor has it.
 
     Raises:
@@ -38,23 +41,39 @@ class OpenVinoRunner:
         except ModuleNotFoundError:
             message = "openvino is missing; install it with: pip install 'streamflow[openvino]'"
             raise UnavailableError(message) from None
-        settings = {
-            "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-        }
-        core = openvino.Core()
-        if dtype is torch.bfloat16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if dtype is torch.bfloat16 and not has_bfloat16():
             # OpenVINO would compute in float32 without a word.
             raise InvalidRequestError("dtype", "bfloat16", "float32 on this processor, which has no bfloat16")
+        core, cores = openvino.Core(), threads or available_cores()
+
+        def calls(streams: int) -> list[Call]:
+            settings = {
+                "INFERENCE_PRECISION_HINT": _PRECISIONS[dtype],
+                "INFERENCE_NUM_THREADS": cores,
+                "NUM_STREAMS": streams,
+            }
+            compiled = core.compile_model(path, "CPU", settings)
+            return [_call(compiled.create_infer_request()) for _ in range(streams)]
+
         try:
-            self._request = core.compile_model(path, "CPU", settings).create_infer_request()
+            [wide] = calls(1)
+            self._call = Lanes(wide, calls(cores) if cores > 1 else [wide])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise InvalidRequestError("graph", str(path), "an ONNX graph that OpenVINO can load", reason) from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         feed = {name: tensor.detach().contiguous().numpy() for name, tensor in inputs.items()}
-        outputs = self._request.infer(feed, share_inputs=True)
-        # Its memory is the request's own, and is written anew by the next call.
-        return torch.from_numpy(outputs[0].copy())
+        return torch.from_numpy(self._call(feed))
+
+
+def has_bfloat16() -> bool:
+    """Whether this processor computes in bfloat16, as far as OpenVINO knows, which must be installed."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _call(request: Any) -> Call:
+    # Its memory is the request's own, and is written anew by the next call.
+    return lambda feed: request.infer(feed, share_inputs=True)[0].copy()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
+import platform
+import sys
+from pathlib import Path
 
 import torch
 
@@ -11,6 +15,7 @@ from streamflow.errors import InvalidRequestError
 DETERMINISTIC_ROWS = 8
 """Rows of every network call in deterministic mode, in every process: no row's bits depend on its neighbours then."""
 
+_CPUINFO, _CPU_MAX = Path("/proc/cpuinfo"), Path("/sys/fs/cgroup/cpu.max")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -43,8 +48,31 @@ def set_threads(threads: int = 0, *, deterministic: bool = False) -> int:
     Args:
         threads: 0 = all cores, or 1 in deterministic mode: the number of threads changes the last bits of a result.
     """
-    count = threads or (1 if deterministic else len(os.sched_getaffinity(0)))
+    count = threads or (1 if deterministic else available_cores())
     torch.set_num_threads(count)
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
     return count
+
+
+def available_cores() -> int:
+    """CPU cores that this process may use: those it may run on, or the whole ones of a container's share."""
+    return max(1, min(len(os.sched_getaffinity(0)), _container_share()))
+
+
+def _container_share() -> int:
+    """By cgroup v2; a large number where there is no limit."""
+    try:
+        quota, period = _CPU_MAX.read_text().split()
+        return math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return sys.maxsize
+
+
+def processor_name(device: torch.device) -> str:
+    """Of the GPU, or of the CPU as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = _CPUINFO.read_text("utf-8").splitlines() if _CPUINFO.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

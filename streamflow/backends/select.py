@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from streamflow.backends import tensorrt_build
+from streamflow.backends.cost import COSTS, measure, remembered
 from streamflow.backends.engine_cache import HEIGHT, WIDTH, EngineCache, Profiles, powers_of_two
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.onnx_runtime import OnnxRuntimeRunner
 from streamflow.backends.open_vino import OpenVinoRunner
 from streamflow.backends.parts import Part, Runner
-from streamflow.backends.runtime import resolve_device, resolve_dtype
+from streamflow.backends.runtime import available_cores, processor_name, resolve_device, resolve_dtype
 from streamflow.backends.tensorrt_runtime import TensorRtRunner, platform
 from streamflow.backends.torch_eager import TorchRunner
 from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, UnavailableError
@@ -23,11 +24,13 @@ from streamflow.telemetry import get_logger
 
 AUTO, TORCH, TENSORRT = "auto", "torch", "tensorrt"
 ON_CPU = {"openvino": OpenVinoRunner, "onnxruntime": OnnxRuntimeRunner}
-"""That run exported graphs on a CPU, the fastest first."""
+"""That run exported graphs on a CPU."""
 BACKENDS = (AUTO, TENSORRT, TORCH, *ON_CPU)
 
 _MOST_ERROR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
 _MOST_ROWS = 8
+_BUDGET_S = 10.0
+_UNUSABLE = (NotFoundError, InvalidRequestError, GenerationError, UnavailableError)
 
 _log = get_logger(__name__)
 
@@ -94,20 +97,41 @@ class Opener:
         return self._torch(part) if self.backend == TORCH else self._tested(part, self.backend)
 
     def _others(self) -> Sequence[str]:
-        """Backends besides torch that this device has, the fastest first."""
+        """Backends besides torch that this device has."""
         return (TENSORRT,) if self.device.type == "cuda" else tuple(ON_CPU)
 
     def _fastest(self, part: Part) -> Runner:
         why = "no other runtime is installed"
-        for name in self._others():
-            if name in ON_CPU and find_spec(name) is None:
-                continue
+        names = [name for name in self._others() if name not in ON_CPU or find_spec(name) is not None]
+        for name in self._by_speed(part, names) if len(names) > 1 else names:
             try:
                 return self._tested(part, name)
-            except (NotFoundError, InvalidRequestError, GenerationError, UnavailableError) as error:
+            except _UNUSABLE as error:
                 why = str(error)
         _log.info("backend", part=part.name, backend=TORCH, why=why)
         return self._torch(part)
+
+    def _by_speed(self, part: Part, names: Sequence[str]) -> Sequence[str]:
+        """The fastest first, by calls with a row for each core; measured once on a machine."""
+        if self.store is None:
+            return names
+        cores = self.threads or available_cores()
+        rows, example = min(self.rows, cores), part.example(min(self.rows, cores))
+
+        def measured() -> Sequence[float]:
+            runners = {name: self._tested(part, name) for name in names}
+            return list(measure(lambda name: _run(runners[name], example), names, budget_s=_BUDGET_S).values())
+
+        about = (f"{part.name} on {', '.join(names)}", processor_name(self.device), self.dtype, f"{cores} threads")
+        path = self.store.folder / part.revision / COSTS
+        try:
+            seconds = remembered(path, ", ".join(map(str, about)), measured, count=len(names))
+        except _UNUSABLE:
+            return names
+        ranked = [name for _, name in sorted(zip(seconds, names, strict=True))]
+        figures = {name: f"{1000 * second:.1f} ms" for name, second in zip(names, seconds, strict=True)}
+        _log.info("fastest backend", part=part.name, backend=ranked[0], rows=rows, **figures)
+        return ranked
 
     def _torch(self, part: Part) -> Runner:
         return TorchRunner(part, device=self.device, dtype=self.dtype)
@@ -155,3 +179,19 @@ class Opener:
         """The model's own size; others are served where the engine takes them."""
         size = (part.sizes.get(HEIGHT, 0) * part.unit_px, part.sizes.get(WIDTH, 0) * part.unit_px)
         return Profiles((self.rows,), (size,))
+
+
+def leave_cores(backends: str) -> None:
+    """Sets torch to one CPU thread where a runtime of graphs does the work.
+
+    Torch's threads spin for a while after each operation that they share, and take the cores from the runtime's.
+
+    Args:
+        backends: of a stage or of several, as stages name them.
+    """
+    if set(backends.split(", ")) <= ON_CPU.keys():
+        torch.set_num_threads(1)
+
+
+def _run(runner: Runner, inputs: Mapping[str, torch.Tensor]) -> None:
+    runner(inputs)

@@ -64,12 +64,14 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
     """
     configure_logging(level=settings.log_level, log_format=settings.log_format, service=service.stage.service)
     from streamflow.backends.runtime import resolve_device, set_threads
+    from streamflow.backends.select import leave_cores
 
     failed: StreamFlowError | None = None
     try:
         device = str(resolve_device(settings.device))
         set_threads(settings.threads, deterministic=settings.deterministic)
         stage = service.load(settings)
+        leave_cores(stage.backend)
         stage.warm_up()
         _log.info("loaded", model=stage.card.name, revision=stage.card.revision, device=device, slots=stage.slots)
         transport = RedisTransport.of(settings, revision=stage.card.revision)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from streamflow.backends.cost import Cost, fit, measure, remembered
-from streamflow.backends.runtime import DETERMINISTIC_ROWS
+from streamflow.backends.cost import COSTS, Cost, fit, measure, remembered
+from streamflow.backends.runtime import DETERMINISTIC_ROWS, available_cores, processor_name
 from streamflow.backends.torch_eager import TorchRunner
 from streamflow.batching.compiled import CompiledStep, cuda_graph
 from streamflow.batching.step import StepFunction, run_step
@@ -27,26 +29,29 @@ def measured_cost(
     """Of a call of the base network at the model's default size; measured once on a machine.
 
     Args:
-        threads: of a call; 0 = torch's.
+        threads: of a call; 0 = all cores.
         engines: the folder where it is remembered; None = nowhere.
     """
     card, network = denoiser.card, denoiser.networks[BASE]
     shape = denoiser.latent_shape(card.default_height, card.default_width)
 
-    def call(rows: int) -> None:
+    @cache
+    def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(rows, *shape, device=device)
 
-        text = {name: zeros(*one) for name, one in denoiser.conditioning_shapes.items()}
-        with torch.inference_mode():
-            # To the CPU: only then it has ended.
-            network(zeros(*shape), zeros() + 500, text)[0, 0, 0, 0].item()
+        return zeros(*shape), zeros() + 500, {name: zeros(*one) for name, one in denoiser.conditioning_shapes.items()}
 
-    card_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    about = (network.name, card_name, dtype, f"{threads or torch.get_num_threads()} threads", shape)
-    path = None if engines is None else engines / card.revision / "costs.json"
-    return remembered(
-        path, ", ".join(map(str, about)), lambda: fit(measure(call, _ROWS, repeats=3, budget_s=_BUDGET_S))
+    @torch.inference_mode()
+    def call(rows: int) -> None:
+        # To the CPU: only then it has ended.
+        network(*inputs(rows))[0, 0, 0, 0].item()
+
+    about = (network.name, processor_name(device), dtype, f"{threads or available_cores()} threads", shape)
+    path = None if engines is None else engines / card.revision / COSTS
+    key = ", ".join(map(str, about))
+    return Cost(
+        *remembered(path, key, lambda: astuple(fit(measure(call, _ROWS, repeats=3, budget_s=_BUDGET_S))), count=2)
     )
 
 

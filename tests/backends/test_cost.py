@@ -58,18 +58,19 @@ def test_measuring_ends_with_its_budget() -> None:
 def test_what_was_measured_is_remembered(tmp_path: Path) -> None:
     path, asked = tmp_path / "engines" / "costs.json", []
 
-    def measured() -> Cost:
+    def measured() -> list[float]:
         asked.append(1)
-        return Cost(0.1, float(len(asked)))
+        return [0.1, float(len(asked))]
 
-    assert [remembered(path, key, measured).c1_s for key in ("a", "b", "a", "b")] == [1, 2, 1, 2]
-    assert remembered(None, "a", measured).c1_s == 3
-    path.write_text('["what is this"]')
-    assert remembered(path, "a", measured).c1_s == 4
-    assert remembered(path, "a", measured).c1_s == 4
+    assert [remembered(path, key, measured, count=2)[1] for key in ("a", "b", "a", "b")] == [1, 2, 1, 2]
+    assert remembered(None, "a", measured, count=2)[1] == 3
+    for text in ('["what is this"]', '{"a": [1.0]}', '{"a": ["x", 1.0]}', "{"):
+        path.write_text(text)
+        found = remembered(path, "a", measured, count=2)
+        assert found == remembered(path, "a", measured, count=2) == [0.1, float(len(asked))]
 
 
 def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.touch()
-    assert remembered(blocked / "costs.json", "a", lambda: Cost(1.0, 2.0)) == Cost(1.0, 2.0)
+    assert remembered(blocked / "costs.json", "a", lambda: [1.0, 2.0], count=2) == [1.0, 2.0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from streamflow import families
 from streamflow.backends import select
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.parts import Part
-from streamflow.backends.select import Opener, open_parts
+from streamflow.backends.select import Opener, leave_cores, open_parts
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Role
@@ -39,16 +40,41 @@ def test_what_is_asked_for_is_taken_or_refused(parts: dict[str, Part], store: Gr
         ON_CPU(name)(parts["unet"])
 
 
-def test_auto_takes_the_fastest_that_is_there_and_says_why(
+def test_auto_takes_what_measured_fastest_and_says_why(
+    parts: dict[str, Part], store: GraphStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    part = parts["unet"]
+    with caplog.at_level(logging.INFO):
+        taken = ON_CPU("auto", store=store)(part).name
+    [said] = [vars(record)["streamflow_fields"] for record in caplog.records if record.message == "fastest backend"]
+    assert taken == min(("onnxruntime", "openvino"), key=lambda name: float(said[name].removesuffix(" ms")))
+    # Once on a machine, and what it says decides.
+    [costs] = (store.folder / part.revision).glob("costs.json")
+    [key] = [key for key in json.loads(costs.read_text()) if key.startswith("unet on openvino, onnxruntime")]
+    for seconds, name in (([0.1, 0.2], "openvino"), ([0.2, 0.1], "onnxruntime")):
+        costs.write_text(json.dumps({key: seconds}))
+        assert ON_CPU("auto", store=store)(part).name == name
+    costs.unlink()
+
+
+def test_auto_takes_what_is_there_and_says_why_not_another(
     parts: dict[str, Part], store: GraphStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert ON_CPU("auto", store=store)(parts["unet"]).name == "openvino"
     real = select.find_spec
     monkeypatch.setattr(select, "find_spec", lambda name: None if name == "openvino" else real(name))
     assert ON_CPU("auto", store=store)(parts["unet"]).name == "onnxruntime"
     with caplog.at_level(logging.INFO):
         assert ON_CPU("auto", store=GraphStore(Path("/nowhere")))(parts["unet"]).name == "torch-eager"
     assert "no graph in /nowhere" in str(vars(caplog.records[-1]))
+
+
+@pytest.mark.parametrize(("backends", "threads"), [("openvino, onnxruntime", 1), ("torch-eager, onnxruntime", 2)])
+def test_torch_leaves_the_cores_to_a_runtime_that_does_all_the_work(backends: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    leave_cores(backends)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Rows shared out between cores, and how many cores there are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamflow.backends import runtime
+from streamflow.backends.lanes import Feed, Lanes
+
+CORES = 3
+
+
+class Recorded:
+    """A call that remembers the rows that it got, and gives something that belongs to them."""
+
+    def __init__(self) -> None:
+        self.rows: list[list[float]] = []
+
+    def __call__(self, feed: Feed) -> np.ndarray:
+        self.rows.append(feed["a"][:, 0].tolist())
+        return feed["a"] + feed["b"][:, None]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wide", "narrow"),
+    [
+        (1, [[0]], [[], [], []]),
+        (2, [[0, 1]], [[], [], []]),
+        (3, [], [[[0]], [[1]], [[2]]]),
+        (7, [[6]], [[[0, 1]], [[2, 3]], [[4, 5]]]),
+    ],
+)
+def test_every_core_gets_as_many_rows(rows: int, wide: list[object], narrow: list[object]) -> None:
+    on_all, on_one = Recorded(), [Recorded() for _ in range(CORES)]
+    feed = {"a": np.arange(rows, dtype=np.float32)[:, None].repeat(2, 1), "b": np.arange(rows, dtype=np.float32)}
+    assert np.array_equal(Lanes(on_all, on_one)(feed), feed["a"] * 2)
+    assert on_all.rows == wide
+    assert [one.rows for one in on_one] == narrow
+
+
+def test_an_error_of_a_core_is_the_calls() -> None:
+    def broken(feed: Feed) -> np.ndarray:
+        raise RuntimeError("no memory")
+
+    feed = {"a": np.zeros((4, 1), np.float32), "b": np.zeros(4, np.float32)}
+    with pytest.raises(RuntimeError, match="no memory"):
+        Lanes(Recorded(), [Recorded(), broken])(feed)
+
+
+@pytest.mark.parametrize(
+    ("written", "cores"),
+    [("150000 100000", 2), ("max 100000", sys.maxsize), ("50000 100000", 1), ("what", sys.maxsize)],
+)
+def test_a_containers_share_bounds_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, cores: int
+) -> None:
+    limit = tmp_path / "cpu.max"
+    limit.write_text(written + "\n")
+    monkeypatch.setattr(runtime, "_CPU_MAX", limit)
+    assert runtime.available_cores() == min(len(os.sched_getaffinity(0)), cores)
