@@ -147,13 +147,20 @@ class _Diffusers:
     """The pipeline of diffusers on the same checkpoint, eager."""
 
     def __init__(self, contestant: Contestant, task: Task) -> None:
-        import diffusers
         import torch
 
-        class Scheduler(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+        from streamflow.families.libraries import from_diffusers, from_transformers
+
+        # The pipelines look for it, and then it is quiet already.
+        from_transformers("CLIPTextModel")
+
+        class Scheduler(from_diffusers("FlowMatchEulerDiscreteScheduler")):  # type: ignore[misc]
             """What the pipelines of Stable Diffusion ask for, and the flow scheduler lacks."""
 
             init_noise_sigma = 1.0
+
+            def scale_model_input(self, sample: Any, timestep: Any) -> Any:
+                return sample
 
             def add_noise(self, sample: Any, noise: Any, timestep: Any) -> Any:
                 return self.scale_noise(sample, timestep, noise)
@@ -161,8 +168,8 @@ class _Diffusers:
         dtype = getattr(torch, contestant.dtype)
         parts: dict[str, Any] = {"scheduler": Scheduler.from_pretrained(task.model / "scheduler")}
         if contestant.decoder == "tiny":
-            parts["vae"] = diffusers.AutoencoderTiny.from_pretrained(task.model / "tiny_vae", dtype=dtype)
-        kind = diffusers.StableDiffusionImg2ImgPipeline if task.strength else diffusers.StableDiffusionPipeline
+            parts["vae"] = from_diffusers("AutoencoderTiny").from_pretrained(task.model / "tiny_vae", dtype=dtype)
+        kind = from_diffusers("StableDiffusionImg2ImgPipeline" if task.strength else "StableDiffusionPipeline")
         self._pipeline = kind.from_pretrained(task.model, dtype=dtype, **parts).to(task.device)
         self._pipeline.set_progress_bar_config(disable=True)
         self._slots, self._generator = contestant.slots, torch.Generator
@@ -203,6 +210,7 @@ class _Stages:
             "dtype": contestant.dtype,
             "backend": contestant.backend,
             "engines": task.engines,
+            "make_engines": contestant.backend == "tensorrt",
         }
         self._task, self._slots = task, contestant.slots
         self._encoder, self._decoder = (stage.load(task.model, **where) for stage in (EncoderStage, DecoderStage))

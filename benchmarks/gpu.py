@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ ON_GPU = (
     _HALF("running batch", RUNNING, "tiny", slots=SLOTS),
     _HALF("running batch, compiled", RUNNING, "tiny", slots=SLOTS, compiled=True),
 )
+ON_TENSORRT = (
+    _HALF("ours, one by one", STATIC, backend="tensorrt"),
+    _HALF("the paper's single-row calls", RUNNING, backend="tensorrt", slots=SLOTS, single_rows=True),
+    _HALF("running batch", RUNNING, backend="tensorrt", slots=SLOTS),
+    _HALF("running batch", RUNNING, "tiny", "tensorrt", slots=SLOTS),
+)
+"""Where the library is installed; each builds the engines that it needs while it loads."""
 
 
 def main() -> None:
@@ -59,6 +67,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a hundredth of the network, to try this on a CPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there, as they come")
     arguments = parser.parse_args()
+    if arguments.images < SLOTS:
+        parser.error(f"--images: got {arguments.images}; allowed: {SLOTS} or more, which the running batch holds")
     device = torch.device(arguments.device)
     said: dict[str, Any] = {"card": card(device), "torch": torch.__version__, "networks": [], "pictures": []}
 
@@ -75,7 +85,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = save_sd15(Path(folder) / "sd15", small=arguments.small)
         base = Task(model, Path(folder) / "engines", str(device))
-        contestants = ON_GPU if device.type == "cuda" else [replace(one, dtype="float32") for one in ON_GPU]
+        contestants: Sequence[Contestant] = ON_GPU
+        if device.type != "cuda":
+            contestants = [replace(one, dtype="float32") for one in ON_GPU]
+        elif find_spec("tensorrt") is not None:
+            contestants = (*ON_GPU, *ON_TENSORRT)
         for size_px in arguments.sizes:
             for strength in (0.0, 0.5):
                 task = replace(base, size_px=size_px, strength=strength)

@@ -18,6 +18,7 @@ import numpy as np
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from benchmarks.contestants import DIFFUSERS
 from benchmarks.samplers import OUT
 from streamflow.flow.programs import REFINER
 from streamflow.flow.samplers import SamplerRequest, compile_sampler
@@ -33,6 +34,8 @@ SERIES = {
 
 def main() -> None:
     convergence(DOCS / "convergence.png")
+    if (OUT / "engines.json").exists():
+        ways(json.loads((OUT / "engines.json").read_text()), DOCS / "engines.png")
     for path in sorted(OUT.glob("samplers_*.json")):
         measured = json.loads(path.read_text())
         over_time(measured, DOCS / f"{path.stem}.png")
@@ -97,6 +100,33 @@ def over_time(measured: dict[str, Any], path: Path) -> None:
 def series(rows: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], tuple[str, str, str]]]:
     plain = [([row for row in rows if row["sampler"] == name], style) for name, style in SERIES.items()]
     return [*plain, ([row for row in rows if row["rows"][REFINER]], ("with refiner", "*", "tab:red"))]
+
+
+def ways(measured: dict[str, Any], path: Path) -> None:
+    """Images per second of every way, and how many times the diffusers pipeline's that is."""
+    rows = measured["rows"][::-1]
+    figure, axes = plt.subplots(figsize=(10, 0.34 * len(rows) + 1.2))
+    for place, row in enumerate(rows):
+        ours = row["name"] == "running batch" and row["backend"] != "torch"
+        color = "tab:red" if ours else "tab:blue" if row["way"] != DIFFUSERS else "tab:gray"
+        axes.barh(place, row["images_per_s"], color=color, alpha=1 if row["decoder"] == "tiny" else 0.6)
+        axes.annotate(
+            f"{row['images_per_s']:.1f}   ({row['ratio']:.2f}x)",
+            (row["images_per_s"], place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    names = [
+        f"{row['name']}, {row['backend']}{' bf16' if row['dtype'] == 'bfloat16' else ''}, {row['decoder']} decoder"
+        for row in rows
+    ]
+    axes.set_yticks(range(len(rows)), names, fontsize=8)
+    axes.set_xlim(0, 1.15 * max(row["images_per_s"] for row in rows))
+    axes.set_xlabel("images per second, and in brackets how many times the first line's")
+    axes.set_title(f"{measured['steps']} steps, on {measured['cores']} cores of {measured['processor']}", fontsize=9)
+    save(figure, path)
 
 
 def table(measured: dict[str, Any]) -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from streamflow.families.libraries import from_diffusers, from_transformers
 
 TOKENS = 77
 
@@ -25,7 +25,7 @@ def save_sd15(folder: Path, *, small: bool = False) -> Path:
     torch.manual_seed(0)
     widths, width = ((32, 64), 32) if small else ((320, 640, 1280, 1280), 768)
     levels = len(widths)
-    unet = diffusers.UNet2DConditionModel(
+    unet = from_diffusers("UNet2DConditionModel")(
         sample_size=16 if small else 64,
         block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
@@ -34,7 +34,7 @@ def save_sd15(folder: Path, *, small: bool = False) -> Path:
         attention_head_dim=8,
     )
     pictures = (32,) * 4 if small else (128, 256, 512, 512)
-    vae = diffusers.AutoencoderKL(
+    vae = from_diffusers("AutoencoderKL")(
         block_out_channels=pictures,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -44,8 +44,8 @@ def save_sd15(folder: Path, *, small: bool = False) -> Path:
     )
     tokenizer = _tokenizer(folder / "tokenizer")
     heads, layers = (2, 2) if small else (12, 12)
-    text = CLIPTextModel(
-        CLIPTextConfig(
+    text = from_transformers("CLIPTextModel")(
+        from_transformers("CLIPTextConfig")(
             vocab_size=len(tokenizer) if small else 49408,
             hidden_size=width,
             intermediate_size=4 * width,
@@ -56,29 +56,31 @@ def save_sd15(folder: Path, *, small: bool = False) -> Path:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
-    diffusers.StableDiffusionPipeline(
+    from_diffusers("StableDiffusionPipeline")(
         vae=vae.half(),
         text_encoder=text.half(),
         tokenizer=tokenizer,
         unet=unet.half(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        scheduler=from_diffusers("FlowMatchEulerDiscreteScheduler")(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    tiny = diffusers.AutoencoderTiny(scaling_factor=1.0).half()
+    tiny = from_diffusers("AutoencoderTiny")(scaling_factor=1.0).half()
     tiny.save_pretrained(folder / "tiny_vae")
     return folder
 
 
-def _tokenizer(folder: Path) -> CLIPTokenizer:
+def _tokenizer(folder: Path) -> Any:
     """One that knows single characters only: prompts are padded to the same length whatever it does."""
     folder.mkdir(parents=True, exist_ok=True)
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+    tokenizer = from_transformers("CLIPTokenizer")(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -106,7 +108,7 @@ class Shape:
 
 
 def _sd15() -> nn.Module:
-    return diffusers.UNet2DConditionModel(
+    return from_diffusers("UNet2DConditionModel")(
         sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8
     )
 
@@ -121,7 +123,7 @@ def _sd15_inputs(rows: int, size_px: int, device: torch.device, dtype: torch.dty
 
 
 def _sd3() -> nn.Module:
-    return diffusers.SD3Transformer2DModel(
+    return from_diffusers("SD3Transformer2DModel")(
         sample_size=128,
         num_layers=24,
         attention_head_dim=64,
@@ -142,7 +144,7 @@ def _sd3_inputs(rows: int, size_px: int, device: torch.device, dtype: torch.dtyp
 
 
 def _flux() -> nn.Module:
-    return diffusers.FluxTransformer2DModel(guidance_embeds=True)
+    return from_diffusers("FluxTransformer2DModel")(guidance_embeds=True)
 
 
 def _flux_inputs(rows: int, size_px: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,25 @@ class Built:
     profiles: Profiles
 
 
-Build = Callable[[Path, Path, list[Shapes], Path], None]
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an engine is built; each may cost speed.
+
+    Attributes:
+        refittable: weights can be exchanged later.
+        version_compatible: later versions of TensorRT, and its lean runtime, can run it too.
+    """
+
+    refittable: bool = False
+    version_compatible: bool = False
+
+
+Build = Callable[[Path, Path, list[Shapes], Path, Options], None]
 """From a graph's path to an engine's, with the shapes of its profiles; the last path is that of the timing cache."""
+
+
+_PLAIN = Options()
+_OPTIONS = [field.name for field in fields(Options)]
 
 
 class EngineCache:
@@ -110,18 +129,20 @@ class EngineCache:
     def __repr__(self) -> str:
         return f"EngineCache({self._graphs.folder}, {self._platform}, {self._dtype})"
 
-    def make(self, part: Part, profiles: Profiles, build: Build) -> Built:
+    def make(self, part: Part, profiles: Profiles, build: Build, options: Options = _PLAIN) -> Built:
         """Builds the engine, and before that its graph, unless they are there; of several processes one builds."""
         graph = self._graphs.make(part, self._dtype)
-        made_of = self._made_of(part) | _said(profiles)
+        made_of = self._made_of(part) | _said(profiles) | asdict(options)
         name = f"{part.name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
         store = self._store(part)
         shapes, timed = profiles.shapes(part), store.folder / "timing.cache"
-        store.make(name, made_of, lambda folder: build(graph, folder / f"{name}.engine", shapes, timed))
+        store.make(name, made_of, lambda folder: build(graph, folder / f"{name}.engine", shapes, timed, options))
         return Built(store.folder / f"{name}.engine", profiles)
 
     def find(self, part: Part, wanted: Profiles) -> Built:
-        """An engine that was built for this, and takes what is wanted; of several the one with the fewest profiles.
+        """An engine that was built for this, and takes what is wanted.
+
+        Of several the one with the fewest profiles, and of these the one whose options cost least.
 
         Raises:
             NotFoundError: there is none; the message says what there is, and the command that builds the right one.
@@ -133,18 +154,19 @@ class EngineCache:
                 continue
             try:
                 profiles = _read(said)
-                store.check(name, made_of)
+                store.check(name, made_of | self._kept_version(said))
             except (NotFoundError, KeyError, TypeError) as error:
                 reasons.append(str(error))
                 continue
             if profiles.covers(wanted, part):
-                fitting.append(Built(store.folder / f"{name}.engine", profiles))
+                rank = len(profiles.rows) * len(profiles.sizes), sum(said.get(option) is True for option in _OPTIONS)
+                fitting.append((rank, Built(store.folder / f"{name}.engine", profiles)))
             else:
                 reasons.append(f"{name} takes up to {profiles.rows[-1]} rows, and {_sizes(profiles)}")
         if not fitting:
             why = "; ".join(reasons) or f"none is in {store.folder}"
             raise NotFoundError(f"{part.name}: no engine that fits ({why}); `{wanted.command()}` makes it")
-        return min(fitting, key=lambda built: len(built.profiles.rows) * len(built.profiles.sizes))
+        return min(fitting, key=itemgetter(0))[1]
 
     def _made_of(self, part: Part) -> dict[str, Any]:
         return {
@@ -158,6 +180,15 @@ class EngineCache:
             "compute_capability": self._platform.compute_capability,
         }
 
+    def _kept_version(self, said: Mapping[str, Any]) -> dict[str, str]:
+        """The version that an engine was built with, where it runs on ours as well.
+
+        Later ones of the same major version; NVIDIA lists a few pairs of major versions besides, which are not used.
+        """
+        built, ours = (_version(text) for text in (said["tensorrt"], self._platform.tensorrt))
+        fits = said.get("version_compatible") is True and built[:1] == ours[:1] and built <= ours
+        return {"tensorrt": said["tensorrt"]} if fits else {}
+
     def _store(self, part: Part) -> Store:
         folder = self._graphs.folder / part.revision / "tensorrt"
         return Store(folder, kind="engine", remedy="`streamflow engine build` makes it")
@@ -170,6 +201,11 @@ def powers_of_two(largest: int) -> tuple[int, ...]:
 
 def _size(axis: int | str, axes: Mapping[str, int]) -> int:
     return axes[axis] if isinstance(axis, str) else axis
+
+
+def _version(text: str) -> tuple[int, ...]:
+    """Of a library: 10.16.1.11 is later than 10.9."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def _said(profiles: Profiles) -> dict[str, Any]:

@@ -43,20 +43,20 @@ def open_parts(
     engines: Path | None = None,
     threads: int = 0,
     rows: int = _MOST_ROWS,
-    make_missing: bool = False,
+    make_engines: bool = False,
 ) -> Opener:
     """By what users write.
 
     Args:
         engines: where exported graphs and engines are; None = nowhere.
-        rows, make_missing: see Opener.
+        rows, make_engines: see Opener.
 
     Raises:
         InvalidRequestError: one of them does not exist, or not together.
     """
     where = resolve_device(device)
     store = None if engines is None else GraphStore(engines)
-    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows, make_missing)
+    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows, make_engines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Opener:
         dtype: in which it computes.
         threads: of one call; 0 = all.
         rows: that an engine must take in one call.
-        make_missing: graphs and engines that are not there are made, which takes minutes.
+        make_engines: graphs and engines that are not there are made, which takes minutes.
 
     Raises:
         InvalidRequestError: a backend that there is not, or not on this device or in this precision.
@@ -80,7 +80,7 @@ class Opener:
     store: GraphStore | None = None
     threads: int = 0
     rows: int = _MOST_ROWS
-    make_missing: bool = False
+    make_engines: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -159,12 +159,12 @@ class Opener:
             try:
                 built = cache.find(part, wanted)
             except NotFoundError:
-                if not self.make_missing:
+                if not self.make_engines:
                     raise
                 _log.info("building an engine", part=part.name, rows=self.rows)
                 built = cache.make(part, Profiles(powers_of_two(self.rows), wanted.sizes), tensorrt_build.build)
             return TensorRtRunner(built, part, device=self.device)
-        if self.make_missing:
+        if self.make_engines:
             _log.info("exporting, unless it is there", part=part.name)
             store.make(part)
         path = store.find(part)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamflow.backends.engine_cache import Shapes
+from streamflow.backends.engine_cache import Options, Shapes
 from streamflow.errors import UnavailableError
 
 OnPhase = Callable[[str, int, int], None]
@@ -21,9 +21,8 @@ def build(
     engine: Path,
     shapes: Sequence[Shapes],
     timing_cache: Path,
+    options: Options,
     *,
-    refittable: bool = False,
-    version_compatible: bool = False,
     on_phase: OnPhase | None = None,
 ) -> None:
     """Builds and writes an engine; takes minutes.
@@ -31,8 +30,6 @@ def build(
     Args:
         shapes: of the inputs, for each optimisation profile.
         timing_cache: read, and added to.
-        refittable: weights can be exchanged later; some kernels are slower then.
-        version_compatible: later versions of TensorRT and its lean runtime can run it too; it may be slower.
 
     Raises:
         UnavailableError: TensorRT's full library, or Polygraphy, is not installed.
@@ -53,8 +50,8 @@ def build(
     config = CreateConfig(
         profiles=profiles,
         load_timing_cache=str(timing_cache) if timing_cache.exists() else None,
-        refittable=refittable,
-        version_compatible=version_compatible,
+        refittable=options.refittable,
+        version_compatible=options.version_compatible,
         progress_monitor=None if on_phase is None else _monitor(tensorrt, on_phase),
     )
     # The parser reads weights that stand beside the graph by its path.

@@ -102,7 +102,7 @@ def build(
 
     from streamflow.backends import tensorrt_build
     from streamflow.backends.cost import cost_of
-    from streamflow.backends.engine_cache import EngineCache, Profiles
+    from streamflow.backends.engine_cache import EngineCache, Options, Profiles
     from streamflow.backends.runtime import resolve_device, resolve_dtype
     from streamflow.backends.tensorrt_runtime import platform
     from streamflow.backends.torch_eager import TorchRunner
@@ -120,7 +120,7 @@ def build(
     sizes = tuple(sorted(read_size(one, card) for one in size or [f"{card.default_width}x{card.default_height}"]))
     cache = EngineCache(store, platform(where), dtype=precision)
     console, made = Console(stderr=True), []
-    write = partial(tensorrt_build.build, refittable=refittable, version_compatible=version_compatible)
+    options = Options(refittable=refittable, version_compatible=version_compatible)
     for name in chosen:
         began_s = time.monotonic()
         with console.status(f"{name}: what a call takes") as status:
@@ -133,7 +133,7 @@ def build(
             def show(phase: str, done: int, steps: int, status: Status = status, name: str = name) -> None:
                 status.update(f"{name}: {phase}, {done} of {steps}")
 
-            built = cache.make(parts[name], profiles, partial(write, on_phase=show))
+            built = cache.make(parts[name], profiles, partial(tensorrt_build.build, on_phase=show), options)
         counts = ", ".join(map(str, profiles.rows))
         size_mib = built.path.stat().st_size / 2**20
         made.append((name, counts, f"{size_mib:.1f}", f"{time.monotonic() - began_s:.0f}"))

@@ -107,7 +107,7 @@ class DenoiserStage:
             engines=engines,
             threads=threads,
             rows=2 * (slots or LEAST_SLOTS),
-            make_missing=make_engines,
+            make_engines=make_engines,
         )
         denoiser = load_denoiser(path, open_part, name=name)
         cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)

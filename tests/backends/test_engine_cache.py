@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from streamflow import families
-from streamflow.backends.engine_cache import Built, EngineCache, Platform, Profiles, Shapes
+from streamflow.backends.engine_cache import Built, EngineCache, Options, Platform, Profiles, Shapes
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.parts import Part
 from streamflow.errors import NotFoundError
@@ -29,7 +29,7 @@ LARGE = Profiles((1, 4, 16), ((64, 64), (64, 128)))
 WANTED = Profiles((4,), ((64, 64),))
 
 
-def build(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path) -> None:
+def build(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path, options: Options) -> None:
     """What a builder leaves behind, told by its inputs."""
     assert graph.is_file()
     engine.write_text(json.dumps([dict(one) for one in shapes]))
@@ -155,6 +155,27 @@ def test_an_engine_that_does_not_fit_is_not_used_and_built_anew(
     assert changed.make(asked, SMALL, build) == changed.find(asked, WANTED)
 
 
+@pytest.mark.parametrize(
+    ("version", "fits"), [("11.4.0", True), ("11.10.0", True), ("11.3.9", False), ("12.0.0", False), ("10.16.1", False)]
+)
+def test_a_version_compatible_engine_serves_later_versions_of_the_same_major(
+    graphs: GraphStore, cache: EngineCache, part: Part, version: str, fits: bool
+) -> None:
+    built = cache.make(part, SMALL, build, Options(version_compatible=True))
+    other = EngineCache(graphs, replace(H100, tensorrt=version), dtype=torch.float32)
+    if fits:
+        assert other.find(part, WANTED) == built
+    else:
+        with pytest.raises(NotFoundError, match=f"made for tensorrt '11.4.0', not '{version}'"):
+            other.find(part, WANTED)
+
+
+def test_other_options_are_another_engine_and_the_plain_one_is_preferred(cache: EngineCache, part: Part) -> None:
+    made = [cache.make(part, SMALL, build, Options(*flags)) for flags in ((True, True), (True, False), (False, False))]
+    assert len({built.path for built in made}) == 3
+    assert cache.find(part, WANTED) == made[-1]
+
+
 def test_half_precision_is_another_engine(cache: EngineCache, graphs: GraphStore, part: Part) -> None:
     cache.make(part, SMALL, build)
     half = EngineCache(graphs, H100, dtype=torch.float16)
@@ -163,7 +184,7 @@ def test_half_precision_is_another_engine(cache: EngineCache, graphs: GraphStore
 
 
 def test_a_build_that_fails_leaves_nothing_that_is_used(cache: EngineCache, part: Part) -> None:
-    def fails(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path) -> None:
+    def fails(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path, options: Options) -> None:
         engine.write_text("half of it")
         raise RuntimeError("no more memory")
 
@@ -173,10 +194,10 @@ def test_a_build_that_fails_leaves_nothing_that_is_used(cache: EngineCache, part
         cache.find(part, WANTED)
 
 
-def _slowly(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path) -> None:
+def _slowly(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path, options: Options) -> None:
     time.sleep(1)
     (graph.parent / f"built-{os.getpid()}").touch()
-    build(graph, engine, shapes, timing_cache)
+    build(graph, engine, shapes, timing_cache, options)
 
 
 def _make(checkpoint: Path, folder: Path) -> None:

@@ -146,6 +146,6 @@ def test_the_number_of_slots_follows_from_what_a_call_costs(sd_checkpoint: Path,
 
 def test_what_is_missing_is_made_where_that_was_asked_for(sd_checkpoint: Path, tmp_path: Path) -> None:
     [part] = [part for part in families.parts(sd_checkpoint) if part.name == "tiny_decoder"]
-    opener = open_parts("cpu", backend="onnxruntime", engines=tmp_path, make_missing=True)
+    opener = open_parts("cpu", backend="onnxruntime", engines=tmp_path, make_engines=True)
     assert opener(part).name == "onnxruntime"
     assert open_parts("cpu", backend="onnxruntime", engines=tmp_path)(part).name == "onnxruntime"
