@@ -7,8 +7,11 @@ begins. Rows do not depend on each other, so every core runs the whole network o
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -19,7 +22,7 @@ Call = Callable[[Feed], np.ndarray]
 
 
 class Lanes:
-    """One network on several cores.
+    """One network on several cores; it takes one call at a time.
 
     Args:
         wide: a call on all cores, for rows that are fewer than these.
@@ -27,22 +30,50 @@ class Lanes:
     """
 
     def __init__(self, wide: Call, narrow: Sequence[Call]) -> None:
-        self._wide, self._narrow = wide, narrow
-        # The calling thread takes a part too.
-        self._pool = ThreadPoolExecutor(max(1, len(narrow) - 1), "lane")
+        # The calling thread is a lane too.
+        self._wide, self._first = wide, narrow[0]
+        self._others = [_Lane(call) for call in narrow[1:]]
 
     def __call__(self, feed: Feed) -> np.ndarray:
         """Returns: [rows, ...], the caller's own."""
-        rows, lanes = len(next(iter(feed.values()))), len(self._narrow)
+        rows, lanes = len(next(iter(feed.values()))), 1 + len(self._others)
         each, rest = divmod(rows, lanes)
         if lanes == 1 or not each:
             return self._wide(feed)
         parts = [_rows(feed, lane * each, each) for lane in range(lanes)]
-        others = [self._pool.submit(call, part) for call, part in zip(self._narrow[1:], parts[1:], strict=True)]
-        made = [self._narrow[0](parts[0]), *(other.result() for other in others)]
+        others = [lane.submit(part) for lane, part in zip(self._others, parts[1:], strict=True)]
+        made = [self._first(parts[0]), *(other.result() for other in others)]
         if rest:
             made.append(self._wide(_rows(feed, lanes * each, rest)))
         return np.concatenate(made)
+
+
+class _Lane:
+    """A thread of its own, which goes when this does.
+
+    A daemon: a call that hangs must not keep the process from ending, as a pool's threads would.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._waiting: SimpleQueue[tuple[Feed, Future[np.ndarray]] | None] = SimpleQueue()
+        threading.Thread(target=_work, args=(call, self._waiting), name="lane", daemon=True).start()
+        weakref.finalize(self, self._waiting.put, None)
+
+    def submit(self, feed: Feed) -> Future[np.ndarray]:
+        made: Future[np.ndarray] = Future()
+        self._waiting.put((feed, made))
+        return made
+
+
+def _work(call: Call, waiting: SimpleQueue[tuple[Feed, Future[np.ndarray]] | None]) -> None:
+    while (asked := waiting.get()) is not None:
+        feed, made = asked
+        try:
+            made.set_result(call(feed))
+        except BaseException as error:
+            made.set_exception(error)
+        # Else the last call's arrays would stay until the next one.
+        del asked, feed, made
 
 
 def _rows(feed: Feed, first: int, count: int) -> dict[str, np.ndarray]:

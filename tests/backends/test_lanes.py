@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +53,44 @@ def test_an_error_of_a_core_is_the_calls() -> None:
     feed = {"a": np.zeros((4, 1), np.float32), "b": np.zeros(4, np.float32)}
     with pytest.raises(RuntimeError, match="no memory"):
         Lanes(Recorded(), [Recorded(), broken])(feed)
+
+
+def test_a_core_goes_on_after_an_error() -> None:
+    fails = [True]
+
+    def sometimes(feed: Feed) -> np.ndarray:
+        if fails.pop():
+            raise RuntimeError("no memory")
+        return feed["a"]
+
+    lanes, feed = Lanes(Recorded(), [lambda feed: feed["a"], sometimes]), {"a": np.ones((4, 1), np.float32)}
+    with pytest.raises(RuntimeError, match="no memory"):
+        lanes(feed)
+    fails.append(False)
+    assert np.array_equal(lanes(feed), feed["a"])
+
+
+def test_threads_go_with_their_network() -> None:
+    before = threading.active_count()
+    lanes = Lanes(Recorded(), [Recorded() for _ in range(CORES)])
+    assert threading.active_count() == before + CORES - 1
+    del lanes
+    ends_s = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < ends_s:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_a_call_that_hangs_does_not_keep_a_process_from_ending() -> None:
+    program = """
+import threading, time
+import numpy as np
+from streamflow.backends.lanes import Lanes
+lanes = Lanes(None, [lambda feed: feed["a"], lambda feed: time.sleep(3600)])
+threading.Thread(target=lanes, args=({"a": np.zeros((2, 1))},), daemon=True).start()
+time.sleep(0.2)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,8 @@ def test_engine_exports_what_is_asked_for_and_lists_what_is_there(
     made = run("engine", "export", *where, "--part", "tiny_decoder")
     assert made.exit_code == 0, made.output
     assert made.output.count("equal bits whatever the neighbours") == 2
+    [costs] = tmp_path.glob("*/costs.json")
+    assert "tiny_decoder on" in costs.read_text(), "which runtime is faster was measured"
     assert run("engine", "list", *where).output.count("no graph in") == 5
     refused = run("engine", "export", *where, "--part", "tiny")
     assert refused.exit_code == 2
