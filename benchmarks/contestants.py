@@ -9,8 +9,10 @@ from __future__ import annotations
 import resource
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -198,11 +200,12 @@ class _Stages:
     """Our three stages, in one thread."""
 
     def __init__(self, contestant: Contestant, task: Task) -> None:
-        from streamflow.backends.select import leave_cores
+        from streamflow.backends.select import leave_cores, open_parts
         from streamflow.families import load_denoiser
         from streamflow.stages.decoder import DecoderStage
         from streamflow.stages.denoiser import DenoiserStage
         from streamflow.stages.encoder import EncoderStage
+        from streamflow.stages.sizing import choose_step
         from streamflow.types import DecoderKind
 
         where: dict[str, Any] = {
@@ -215,13 +218,15 @@ class _Stages:
         self._task, self._slots = task, contestant.slots
         self._encoder, self._decoder = (stage.load(task.model, **where) for stage in (EncoderStage, DecoderStage))
         self._kind = DecoderKind(contestant.decoder)
-        self._denoiser = DenoiserStage.load(task.model, **where, slots=self._slots, compiled=contestant.compiled)
         if contestant.single_rows:
-            from streamflow.backends.select import open_parts
-
-            denoiser = load_denoiser(task.model, open_parts(**where))
+            open_part = open_parts(**where)
+            denoiser = load_denoiser(task.model, open_part)
             networks = {name: _SingleRows(network) for name, network in denoiser.networks.items()}
-            self._denoiser = DenoiserStage(replace(denoiser, networks=networks), slots=self._slots, device=task.device)
+            step = choose_step(denoiser, open_part.device, compiled=False)
+            denoiser = replace(denoiser, networks=networks)
+            self._denoiser = DenoiserStage(denoiser, slots=self._slots, device=task.device, step=step)
+        else:
+            self._denoiser = DenoiserStage.load(task.model, **where, slots=self._slots, compiled=contestant.compiled)
         leave_cores(", ".join((self._encoder.backend, self._decoder.backend)))
 
     def _jobs(self, asked: Sequence[Asked]) -> list[Any]:
@@ -300,26 +305,22 @@ _WAYS: Mapping[str, Any] = {DIFFUSERS: _Diffusers, STATIC: _Static, RUNNING: _Ru
 
 
 class _Energy:
-    """What a GPU has used since its driver was loaded."""
+    """What a GPU has used since its driver was loaded, where pynvml is installed."""
 
     def __init__(self, device: str) -> None:
-        self._handle: Any = None
-        if device.startswith("cuda"):
+        self._read_mj: Callable[[], int] | None = None
+        if device.startswith("cuda") and find_spec("pynvml") is not None:
             import pynvml
             import torch
 
             pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(
-                f"GPU-{torch.cuda.get_device_properties(torch.device(device)).uuid}"
-            )
+            uuid = torch.cuda.get_device_properties(torch.device(device)).uuid
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._read_mj = partial(pynvml.nvmlDeviceGetTotalEnergyConsumption, handle)
 
     def read(self) -> float | None:
-        """Joules; None on a CPU."""
-        if self._handle is None:
-            return None
-        import pynvml
-
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
+        """Joules; None where nobody says."""
+        return None if self._read_mj is None else self._read_mj() / 1000
 
 
 def _peak_mib(device: str) -> float:

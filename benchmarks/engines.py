@@ -13,21 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from rich.progress import Progress
 
-from benchmarks.contestants import DIFFUSERS, RUNNING, STATIC, STEPS, Asked, Contestant, Lap, Task, chunks, run
-from benchmarks.judge import Captions, Judge, make_captions
+from benchmarks.contestants import DIFFUSERS, RUNNING, STATIC, STEPS, Asked, Contestant, Task, chunks
+from benchmarks.judge import Judge, make_captions
+from benchmarks.race import compare, figures, table
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.open_vino import has_bfloat16
 from streamflow.backends.runtime import available_cores, processor_name
@@ -83,8 +79,17 @@ def main() -> None:
     captions = make_captions(images * (laps + 1))
     asked = [Asked(number, prompt) for number, prompt in enumerate(captions.prompts)]
     contestants = (*ON_CPU, *IN_BFLOAT16) if has_bfloat16() else ON_CPU
-    measured = compare(contestants, task, list(chunks(asked, images)))
-    rows = figures(measured, captions if task.model.resolve() == default_model().resolve() else None)
+    with Progress() as bars:
+        shown = {name: bars.add_task(name, total=None) for name in ("loading", "laps")}
+        measured = compare(
+            contestants,
+            task,
+            list(chunks(asked, images)),
+            lambda name, done, total: bars.update(shown[name], completed=done, total=total),
+        )
+    # Its classifier knows the built-in model's pictures only.
+    judge = Judge(captions.wanted) if task.model.resolve() == default_model().resolve() else None
+    rows = figures(measured, judge)
     print(table(rows))
     shares = told_apart(rows)
     print("\n" + "\n".join(f"{name}: {share:.2f}x" for name, share in shares.items()))
@@ -108,93 +113,6 @@ def main() -> None:
         print(arguments.json)
 
 
-def compare(
-    contestants: Sequence[Contestant], task: Task, laps: Sequence[Sequence[Asked]]
-) -> dict[Contestant, list[Lap]]:
-    """Every contestant's laps, each lap in another order; at the end one for what was still under way."""
-    found: dict[Contestant, list[Lap]] = {contestant: [] for contestant in contestants}
-    with Progress() as progress:
-        loading = progress.add_task("loading", total=len(contestants))
-        with _processes(contestants, task, on_loaded=lambda: progress.advance(loading)) as processes:
-            running = progress.add_task("laps", total=len(contestants) * (len(laps) + 1))
-            for number, lap in enumerate([*laps, ()]):
-                start = number % len(contestants)
-                for contestant in (*contestants[start:], *contestants[:start]):
-                    processes[contestant].send(list(lap))
-                    found[contestant].append(processes[contestant].recv())
-                    progress.advance(running)
-    return found
-
-
-@contextmanager
-def _processes(
-    contestants: Sequence[Contestant], task: Task, *, on_loaded: Callable[[], None]
-) -> Iterator[dict[Contestant, Connection]]:
-    context = multiprocessing.get_context("spawn")
-    ours, running = {}, []
-    for contestant in contestants:
-        ours[contestant], theirs = context.Pipe()
-        process = context.Process(target=run, args=(contestant, task, theirs), daemon=True)
-        process.start()
-        # Else a contestant that dies would leave us waiting.
-        theirs.close()
-        running.append(process)
-        # One by one: what they measure while they load, they measure alone.
-        ours[contestant].recv()
-        on_loaded()
-    try:
-        yield ours
-    finally:
-        for connection in ours.values():
-            connection.close()
-        for process in running:
-            process.join()
-
-
-def figures(measured: Mapping[Contestant, Sequence[Lap]], captions: Captions | None) -> list[dict[str, Any]]:
-    """A row for each: medians over the laps that count, and the quality of all its pictures.
-
-    The first and the last lap do not count; ratios and PSNR are to the first contestant.
-    """
-    first = next(iter(measured))
-    rates = {
-        contestant: [len(lap.pictures) / lap.seconds for lap in laps[1:-1]] for contestant, laps in measured.items()
-    }
-    reference = _pictures(measured[first])
-    judge = None if captions is None else Judge(captions.wanted)
-    rows = []
-    for contestant, laps in measured.items():
-        counted, pictures = laps[1:-1], _pictures(laps)
-        pairs = zip(rates[contestant], rates[first], strict=True)
-        row = vars(contestant) | {
-            "images_per_s": round(median(rates[contestant]), 3),
-            "ratio": round(median(ours / theirs for ours, theirs in pairs), 3),
-            "latency_ms": round(1000 * median(taken for lap in counted for taken in lap.latencies_s), 1),
-            "peak_mib": round(max(lap.peak_mib for lap in laps)),
-            "psnr_db": None if contestant == first else psnr_db(pictures, reference),
-        }
-        used = [lap.energy_j / len(lap.pictures) for lap in counted if lap.energy_j is not None]
-        row["joules_per_image"] = round(median(used), 2) if used else None
-        if judge is not None:
-            seen = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-            row |= judge.figures(part.float() / 127.5 - 1 for part in seen.split(64))
-        rows.append(row)
-    return rows
-
-
-def _pictures(laps: Sequence[Lap]) -> np.ndarray:
-    """Of all laps, by their numbers: uint8 [N, H, W, 3]."""
-    made = {number: picture for lap in laps for number, picture in lap.pictures.items()}
-    return np.stack([made[number] for number in sorted(made)])
-
-
-def psnr_db(pictures: np.ndarray, reference: np.ndarray) -> float | None:
-    """Over all pixels of all pictures; None where they are the same."""
-    squares = [np.square(a.astype(float) - b).mean() for a, b in zip(pictures, reference, strict=True)]
-    error = float(np.mean(squares))
-    return round(10 * np.log10(255**2 / error), 1) if error else None
-
-
 def told_apart(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """What each change brings on the way from the diffusers pipeline to our fastest: ratios of neighbours."""
 
@@ -214,24 +132,6 @@ def told_apart(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
     steps = {name: value for name, value in way.items() if value}
     return {name: round(after / before, 3) for (_, before), (name, after) in pairwise(steps.items())}
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """In Markdown."""
-    lines = [
-        "| way | runtime | decoder | slots | images/s | ratio | latency ms | MiB | accuracy % | Fréchet | PSNR dB |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        runtime = row["backend"] + (", bf16" if row["dtype"] == "bfloat16" else "")
-        accuracy = f"{100 * row['accuracy'][0]:.1f}" if "accuracy" in row else ""
-        frechet = f"{row['frechet'][0]:.0f}" if "frechet" in row else ""
-        psnr = "" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
-        lines.append(
-            f"| {row['name']} | {runtime} | {row['decoder']} | {row['slots']} | {row['images_per_s']:.1f} "
-            f"| {row['ratio']:.2f} | {row['latency_ms']:.0f} | {row['peak_mib']} | {accuracy} | {frechet} | {psnr} |"
-        )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

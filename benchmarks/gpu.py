@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -24,7 +25,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.contestants import DIFFUSERS, RUNNING, STATIC, STEPS, Asked, Contestant, Task, chunks
-from benchmarks.engines import compare, figures, table
+from benchmarks.race import compare, figures, table
 from benchmarks.shapes import SHAPES, save_sd15
 from streamflow.backends.cost import fit, measure
 from streamflow.batching.compiled import cuda_graph
@@ -142,9 +143,13 @@ def network_costs(name: str, sizes_px: Sequence[int], device: torch.device) -> l
 
 def pictures(contestants: Sequence[Contestant], task: Task, images: int, laps: int) -> list[dict[str, Any]]:
     asked = [Asked(number, f"picture {number}") for number in range(images * (laps + 1))]
-    rows = figures(compare(contestants, task, list(chunks(asked, images))), None)
+    rows = figures(compare(contestants, task, list(chunks(asked, images)), _tell), None)
     print(table(rows), flush=True)
     return rows
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    print(f"\r{what}: {done} of {total}  ", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _output(network: Any, inputs: Mapping[str, Any]) -> Any:

@@ -23,8 +23,12 @@ def default_model() -> Path:
 
 
 def default_engines() -> Path:
-    """In the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamflow" / "engines"
+    """In the user's cache; a user without a home has one where the process runs."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        cache = Path(".cache")
+    return cache / "streamflow" / "engines"
 
 
 class Settings(BaseSettings):
@@ -48,7 +52,20 @@ class Settings(BaseSettings):
     job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
 
 
-class StageSettings(Settings):
+class EngineSettings(BaseSettings):
+    """Where what runs networks fast is kept."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+
+    engines: Path = Field(
+        default_factory=default_engines, description="Where `streamflow engine` puts the graphs and engines of networks"
+    )
+    make_engines: bool = Field(
+        False, description="Make the graphs and engines that are missing before serving, which takes minutes"
+    )
+
+
+class StageSettings(EngineSettings, Settings):
     """What a stage's process needs besides."""
 
     model: Path = Field(default_factory=default_model, description="Checkpoint folder in diffusers layout")
@@ -61,20 +78,12 @@ class StageSettings(Settings):
         "auto",
         description="What runs the networks; auto = the fastest for which there is an engine or a graph, or else torch",
     )
-    engines: Path = Field(
-        default_factory=default_engines, description="Where `streamflow engine` puts the graphs and engines of networks"
-    )
-    make_engines: bool = Field(
-        False, description="Make the graphs and engines that are missing before serving, which takes minutes"
-    )
     threads: int = Field(0, ge=0, description="CPU threads of the networks; 0 = all cores (1 in deterministic mode)")
     deterministic: bool = Field(
         False, description="Equal bytes whatever the neighbours: one row count for every call, fixed threads"
     )
-    compiled: bool | None = Field(
-        None,
-        description="Compile network, guidance and update for each number of rows; starts slowly (denoiser); "
-        "by default on a GPU where torch runs the networks",
+    compiled: bool = Field(
+        False, description="Compile network, guidance and update for each number of rows; starts slowly (denoiser)"
     )
     slots: int = Field(
         0,
@@ -125,14 +134,6 @@ class GatewaySettings(Settings):
         30.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
     )
     reap_interval_s: float = Field(1.0, gt=0, description="How often expired jobs and results are cleared")
-
-
-class EngineSettings(BaseSettings):
-    """What `streamflow engine` needs."""
-
-    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
-
-    engines: Path = Field(default_factory=default_engines, description="Where graphs and engines are kept")
 
 
 class ClientSettings(BaseSettings):

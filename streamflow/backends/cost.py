@@ -11,13 +11,15 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+from streamflow.backends.store import locked
 
 if TYPE_CHECKING:
     from streamflow.backends.parts import Part, Runner
@@ -120,15 +122,22 @@ def cost_of(part: Part, runner: Runner, counts: Sequence[int], *, budget_s: floa
 def remembered(path: Path | None, key: str, measured: Callable[[], Sequence[float]], *, count: int) -> list[float]:
     """What was measured before on this machine, or is now and written down for the next time.
 
+    Of several processes one measures at a time: they would measure each other.
+
     Args:
         path: a JSON file; None = measured every time.
         key: all that the figures depend on.
         count: of figures.
     """
-    known = _read(path) if path is not None else {}
-    if len(known.get(key, ())) != count:
-        known[key] = list(measured())
-        if path is not None:
+    if path is None:
+        return list(measured())
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(path.with_suffix(".lock")))
+        known = _read(path)
+        if len(known.get(key, ())) != count:
+            known[key] = list(measured())
             _write(path, known)
     return known[key]
 
@@ -146,6 +155,5 @@ def _write(path: Path, known: Mapping[str, Sequence[float]]) -> None:
     """Atomic; a folder that cannot be written to costs no more than the time to measure again."""
     made = path.with_name(f"{path.name}.{os.getpid()}")
     with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
         made.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
         os.replace(made, path)

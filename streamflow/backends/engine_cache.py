@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from pathlib import Path
@@ -59,10 +60,11 @@ class Profiles:
         """Whether calls of up to as many rows can be made, in all of the sizes."""
         return self.rows[-1] >= wanted.rows[-1] and (not part.sizes or set(wanted.sizes) <= set(self.sizes))
 
-    def command(self) -> str:
-        """What builds engines with them."""
-        sizes = " ".join(f"--size {width}x{height}" for height, width in self.sizes)
-        return f"streamflow engine build --rows {self.rows[-1]} {sizes}"
+    def command(self, part: Part, dtype: torch.dtype) -> str:
+        """What builds an engine of the part with them."""
+        precision = str(dtype).removeprefix("torch.")
+        sizes = [f"--size {width}x{height}" for height, width in self.sizes if part.sizes]
+        return " ".join([f"streamflow engine build --dtype {precision} --rows {self.rows[-1]}", *sizes])
 
     def _axes(self, part: Part) -> Iterator[Mapping[str, int]]:
         for height, width in self.sizes if part.sizes else ((0, 0),):
@@ -134,7 +136,7 @@ class EngineCache:
         graph = self._graphs.make(part, self._dtype)
         made_of = self._made_of(part) | _said(profiles) | asdict(options)
         name = f"{part.name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
-        store = self._store(part)
+        store = _engines(self._graphs, part)
         shapes, timed = profiles.shapes(part), store.folder / "timing.cache"
         store.make(name, made_of, lambda folder: build(graph, folder / f"{name}.engine", shapes, timed, options))
         return Built(store.folder / f"{name}.engine", profiles)
@@ -147,7 +149,7 @@ class EngineCache:
         Raises:
             NotFoundError: there is none; the message says what there is, and the command that builds the right one.
         """
-        store, made_of = self._store(part), self._made_of(part)
+        store, made_of = _engines(self._graphs, part), self._made_of(part)
         reasons, fitting = [], []
         for name, said in store.contents().items():
             if said.get("part") != part.name:
@@ -155,17 +157,19 @@ class EngineCache:
             try:
                 profiles = _read(said)
                 store.check(name, made_of | self._kept_version(said))
-            except (NotFoundError, KeyError, TypeError) as error:
+            except (NotFoundError, LookupError, TypeError, ValueError) as error:
                 reasons.append(str(error))
                 continue
             if profiles.covers(wanted, part):
                 rank = len(profiles.rows) * len(profiles.sizes), sum(said.get(option) is True for option in _OPTIONS)
                 fitting.append((rank, Built(store.folder / f"{name}.engine", profiles)))
             else:
-                reasons.append(f"{name} takes up to {profiles.rows[-1]} rows, and {_sizes(profiles)}")
+                reasons.append(f"{name} takes up to {profiles.rows[-1]} rows, and pictures of {_sizes(profiles)}")
         if not fitting:
             why = "; ".join(reasons) or f"none is in {store.folder}"
-            raise NotFoundError(f"{part.name}: no engine that fits ({why}); `{wanted.command()}` makes it")
+            raise NotFoundError(
+                f"{part.name}: no engine that fits ({why}); `{wanted.command(part, self._dtype)}` makes it"
+            )
         return min(fitting, key=itemgetter(0))[1]
 
     def _made_of(self, part: Part) -> dict[str, Any]:
@@ -189,9 +193,17 @@ class EngineCache:
         fits = said.get("version_compatible") is True and built[:1] == ours[:1] and built <= ours
         return {"tensorrt": said["tensorrt"]} if fits else {}
 
-    def _store(self, part: Part) -> Store:
-        folder = self._graphs.folder / part.revision / "tensorrt"
-        return Store(folder, kind="engine", remedy="`streamflow engine build` makes it")
+
+def engines_of(graphs: GraphStore, part: Part) -> list[tuple[str, str, str, str, str]]:
+    """What there is of a part, for any platform: its name, the engine's, what it was built for, rows and sizes."""
+    found = []
+    for name, said in _engines(graphs, part).contents().items():
+        if said.get("part") == part.name:
+            with suppress(LookupError, TypeError, ValueError):
+                profiles = _read(said)
+                built_for = f"{said['precision']}, TensorRT {said['tensorrt']}, cards of {said['compute_capability']}"
+                found.append((part.name, name, built_for, ", ".join(map(str, profiles.rows)), _sizes(profiles)))
+    return found
 
 
 def powers_of_two(largest: int) -> tuple[int, ...]:
@@ -201,6 +213,10 @@ def powers_of_two(largest: int) -> tuple[int, ...]:
 
 def _size(axis: int | str, axes: Mapping[str, int]) -> int:
     return axes[axis] if isinstance(axis, str) else axis
+
+
+def _engines(graphs: GraphStore, part: Part) -> Store:
+    return Store(graphs.folder / part.revision / "tensorrt", kind="engine", remedy="`streamflow engine build` makes it")
 
 
 def _version(text: str) -> tuple[int, ...]:
@@ -213,8 +229,11 @@ def _said(profiles: Profiles) -> dict[str, Any]:
 
 
 def _read(said: Mapping[str, Any]) -> Profiles:
-    return Profiles(tuple(said["rows"]), tuple((height, width) for height, width in said["sizes"]))
+    profiles = Profiles(tuple(said["rows"]), tuple((height, width) for height, width in said["sizes"]))
+    if not profiles.rows:
+        raise ValueError("it has no rows")
+    return profiles
 
 
 def _sizes(profiles: Profiles) -> str:
-    return "pictures of " + ", ".join(f"{width} x {height}" for height, width in profiles.sizes)
+    return ", ".join(f"{width} x {height}" for height, width in profiles.sizes)

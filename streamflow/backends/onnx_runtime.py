@@ -32,8 +32,8 @@ class OnnxRuntimeRunner:
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         try:
             import onnxruntime
-        except ModuleNotFoundError:
-            message = "onnxruntime is missing; install it with: pip install 'streamflow[onnxruntime]'"
+        except ImportError as error:
+            message = f"onnxruntime cannot be used ({error}); install it with: pip install 'streamflow[onnxruntime]'"
             raise UnavailableError(message) from None
 
         def call(threads: int) -> Call:

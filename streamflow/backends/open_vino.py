@@ -38,8 +38,8 @@ class OpenVinoRunner:
             raise InvalidRequestError("dtype", str(dtype).removeprefix("torch."), "float32, bfloat16 with openvino")
         try:
             import openvino
-        except ModuleNotFoundError:
-            message = "openvino is missing; install it with: pip install 'streamflow[openvino]'"
+        except ImportError as error:
+            message = f"openvino cannot be used ({error}); install it with: pip install 'streamflow[openvino]'"
             raise UnavailableError(message) from None
         if dtype is torch.bfloat16 and not has_bfloat16():
             # OpenVINO would compute in float32 without a word.
@@ -75,5 +75,5 @@ def has_bfloat16() -> bool:
 
 
 def _call(request: Any) -> Call:
-    # Its memory is the request's own, and is written anew by the next call.
-    return lambda feed: request.infer(feed, share_inputs=True)[0].copy()
+    # Outputs are copied from the request's own memory, which the next call writes anew; inputs need no copy.
+    return lambda feed: request.infer(feed, share_inputs=True, share_outputs=False)[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import sys
@@ -64,7 +63,7 @@ def _container_share() -> int:
     """By cgroup v2; a large number where there is no limit."""
     try:
         quota, period = _CPU_MAX.read_text().split()
-        return math.ceil(int(quota) / int(period))
+        return int(quota) // int(period)
     except (OSError, ValueError):
         return sys.maxsize
 

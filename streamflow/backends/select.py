@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,18 +20,17 @@ from streamflow.backends.parts import Part, Runner
 from streamflow.backends.runtime import available_cores, processor_name, resolve_device, resolve_dtype
 from streamflow.backends.tensorrt_runtime import TensorRtRunner, platform
 from streamflow.backends.torch_eager import TorchRunner
-from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, StreamFlowError
 from streamflow.telemetry import get_logger
 
 AUTO, TORCH, TENSORRT = "auto", "torch", "tensorrt"
-ON_CPU = {"openvino": OpenVinoRunner, "onnxruntime": OnnxRuntimeRunner}
+ON_CPU = {"onnxruntime": OnnxRuntimeRunner, "openvino": OpenVinoRunner}
 """That run exported graphs on a CPU."""
 BACKENDS = (AUTO, TENSORRT, TORCH, *ON_CPU)
 
 _MOST_ERROR = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
 _MOST_ROWS = 8
 _BUDGET_S = 10.0
-_UNUSABLE = (NotFoundError, InvalidRequestError, GenerationError, UnavailableError)
 
 _log = get_logger(__name__)
 
@@ -44,19 +44,20 @@ def open_parts(
     threads: int = 0,
     rows: int = _MOST_ROWS,
     make_engines: bool = False,
+    measured: bool = True,
 ) -> Opener:
     """By what users write.
 
     Args:
         engines: where exported graphs and engines are; None = nowhere.
-        rows, make_engines: see Opener.
+        rows, make_engines, measured: see Opener.
 
     Raises:
         InvalidRequestError: one of them does not exist, or not together.
     """
     where = resolve_device(device)
     store = None if engines is None else GraphStore(engines)
-    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows, make_engines)
+    return Opener(backend, where, resolve_dtype(dtype, where), store, threads, rows, make_engines, measured)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +70,11 @@ class Opener:
         threads: of one call; 0 = all.
         rows: that an engine must take in one call.
         make_engines: graphs and engines that are not there are made, which takes minutes.
+        measured: auto takes what is faster here; else the first of `ON_CPU` that is there, so that all replicas take
+            the same one.
 
     Raises:
-        InvalidRequestError: a backend that there is not, or not on this device or in this precision.
+        InvalidRequestError: a backend that there is not, or not on this device.
     """
 
     backend: str
@@ -81,6 +84,7 @@ class Opener:
     threads: int = 0
     rows: int = _MOST_ROWS
     make_engines: bool = False
+    measured: bool = True
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -91,23 +95,27 @@ class Opener:
             raise InvalidRequestError("backend", f"{self.backend} on {self.device}", allowed, f"or --device {where}")
 
     def __call__(self, part: Part) -> Runner:
-        """Raises NotFoundError without the graph or engine that it needs, UnavailableError without its library."""
+        """Raises NotFoundError without the graph or engine that it needs, UnavailableError without its library,
+        InvalidRequestError for a precision that the backend lacks, GenerationError when it does not pass its test.
+        """
         if self.backend == AUTO:
             return self._fastest(part)
         return self._torch(part) if self.backend == TORCH else self._tested(part, self.backend)
 
     def _others(self) -> Sequence[str]:
         """Backends besides torch that this device has."""
-        return (TENSORRT,) if self.device.type == "cuda" else tuple(ON_CPU)
+        return {"cuda": (TENSORRT,), "cpu": tuple(ON_CPU)}.get(self.device.type, ())
 
     def _fastest(self, part: Part) -> Runner:
-        why = "no other runtime is installed"
+        reasons = []
         names = [name for name in self._others() if name not in ON_CPU or find_spec(name) is not None]
-        for name in self._by_speed(part, names) if len(names) > 1 else names:
+        for name in self._by_speed(part, names) if len(names) > 1 and self.measured else names:
             try:
                 return self._tested(part, name)
-            except _UNUSABLE as error:
-                why = str(error)
+            except StreamFlowError as error:
+                reasons.append(str(error))
+                _log.info("backend refused", part=part.name, backend=name, why=str(error))
+        why = "; ".join(dict.fromkeys(reasons)) or "no other runtime is installed"
         _log.info("backend", part=part.name, backend=TORCH, why=why)
         return self._torch(part)
 
@@ -122,11 +130,13 @@ class Opener:
             runners = {name: self._tested(part, name) for name in names}
             return list(measure(lambda name: _run(runners[name], example), names, budget_s=_BUDGET_S).values())
 
-        about = (f"{part.name} on {', '.join(names)}", processor_name(self.device), self.dtype, f"{cores} threads")
+        versions = ", ".join(f"{name} {version(name)}" for name in names)
+        about = (f"{part.name} on {versions}", processor_name(self.device), self.dtype, f"{cores} threads")
         path = self.store.folder / part.revision / COSTS
         try:
             seconds = remembered(path, ", ".join(map(str, about)), measured, count=len(names))
-        except _UNUSABLE:
+        except StreamFlowError:
+            # Whichever it is will be asked again, and say why it is not taken.
             return names
         ranked = [name for _, name in sorted(zip(seconds, names, strict=True))]
         figures = {name: f"{1000 * second:.1f} ms" for name, second in zip(names, seconds, strict=True)}
@@ -142,8 +152,16 @@ class Opener:
             raise NotFoundError(f"{part.name}: no folder for graphs was given (engines)")
         # Engines are built from graphs of their own precision, the CPU runtimes convert while they load.
         exported = self.dtype if name == TENSORRT else torch.float32
-        runner = self._open(part, name, self.store)
-        tested = self.store.test(part, runner, exported)
+        cores = self.threads or available_cores() if name in ON_CPU else 1
+        try:
+            runner = self._open(part, name, self.store)
+            tested = self.store.test(part, runner, exported, cores=cores)
+        except StreamFlowError:
+            raise
+        except Exception as error:
+            # Runtimes raise classes of their own that share no base.
+            reason = " ".join(str(error).split())[:300]
+            raise GenerationError(f"{part.name}: {name} failed: {type(error).__name__}: {reason}") from error
         most = _MOST_ERROR[self.dtype]
         if not tested.error <= most:
             raise GenerationError(f"{part.name}: {name} is off by {tested.error:.1e} of torch, more than {most:g}")

@@ -11,13 +11,14 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from streamflow.errors import NotFoundError
+from streamflow.errors import NotFoundError, StreamFlowError, UnavailableError
 
 MadeOf = Mapping[str, Any]
 """What a thing was made of, in terms of JSON."""
@@ -45,15 +46,31 @@ class Store:
             write: puts files whose names begin with `name` into the folder that it is given.
 
         Raises:
-            OSError: the folder cannot be written to.
+            UnavailableError: the folder cannot be written to.
         """
+        # First without the lock: a folder that can only be read may have it.
+        with suppress(NotFoundError):
+            self.check(name, made_of)
+            return
+        try:
+            self._make(name, made_of, write)
+        except StreamFlowError:
+            raise
+        except OSError as error:
+            message = f"{name}: the {self._kind} cannot be written to {self.folder} (STREAMFLOW_ENGINES): {error}"
+            raise UnavailableError(message) from error
+
+    def _make(self, name: str, made_of: MadeOf, write: Callable[[Path], None]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / f"{name}.lock"):
+        with locked(self.folder / f"{name}.lock"):
             with suppress(NotFoundError):
                 self.check(name, made_of)
                 return
             self._manifest(name).unlink(missing_ok=True)
-            with TemporaryDirectory(dir=self.folder) as made:
+            # What a process left that was killed while it held the lock.
+            for left in self.folder.glob(f"{name}.made-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            with TemporaryDirectory(prefix=f"{name}.made-", dir=self.folder) as made:
                 write(Path(made))
                 files = sorted(Path(made).iterdir())
                 manifest = {"made_of": dict(made_of), "sha256": {file.name: sha256(file) for file in files}}
@@ -111,8 +128,8 @@ def sha256(file: Path) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Held by one process at a time; it goes with the process."""
+def locked(path: Path) -> Iterator[None]:
+    """Held by one process at a time; it goes with the process. Raises OSError where it cannot be made."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -25,13 +25,15 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 
 def load_bindings() -> Any:
-    """Raises UnavailableError where neither is installed."""
+    """Raises UnavailableError where neither can be used."""
+    reasons = []
     for name in BINDINGS:
         try:
             return import_module(name)
-        except ModuleNotFoundError:
-            continue
-    raise UnavailableError("TensorRT is missing; install it with: pip install 'streamflow[tensorrt]'")
+        except ImportError as error:
+            reasons.append(str(error))
+    why = ", ".join(reasons)
+    raise UnavailableError(f"TensorRT cannot be used ({why}); install it with: pip install 'streamflow[tensorrt]'")
 
 
 def platform(device: torch.device) -> Platform:
@@ -68,6 +70,10 @@ class TensorRtRunner:
 
     def __init__(self, built: Built, part: Part, *, device: torch.device) -> None:
         self._trt, self._part, self._device = load_bindings(), part, device
+        with torch.cuda.device(device):
+            self._load(built)
+
+    def _load(self, built: Built) -> None:
         self.row_counts = built.profiles.rows
         # Kept: an engine must not outlive its runtime.
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
@@ -77,15 +83,19 @@ class TensorRtRunner:
         if self._engine is None:
             allowed = f"one for TensorRT {self._trt.__version__} and this GPU"
             raise InvalidRequestError("engine", str(built.path), allowed, "`streamflow engine build`")
-        self._profiles = {tuple(shapes.values()): number for number, shapes in enumerate(built.profiles.shapes(part))}
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._profiles = {
+            tuple(shapes.values()): number for number, shapes in enumerate(built.profiles.shapes(self._part))
+        }
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._bound: dict[_Shapes, _Bound] = {}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Raises InvalidRequestError for a size that the engine does not take."""
         rows, most = len(inputs[next(iter(self._part.inputs))]), self.row_counts[-1]
         if rows <= most:
-            return self._call(inputs, rows)
+            # Engines, streams and captures are those of the thread's own device.
+            with torch.cuda.device(self._device):
+                return self._call(inputs, rows)
         parts = [slice(first, first + most) for first in range(0, rows, most)]
         return torch.cat([self({name: rows[part] for name, rows in inputs.items()}) for part in parts])
 

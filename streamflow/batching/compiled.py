@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from types import FunctionType
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -48,11 +51,16 @@ class CompiledStep:
         wanted = group_terms(slots)
         terms = _USUAL if wanted in _USUAL else _ALL
         rows = len(plan.positions)
-        # Inference mode and the compiler do not go together.
-        with torch.no_grad():
+        device = table.latents.device
+        # Streams and graphs are those of the thread's own device. Inference mode and the compiler do not go together.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext(), torch.no_grad():
             selection = select(table, slots, plan, terms, padded_slots=rows)
             preview = self._callable(network, rows, table, terms)(table, selection)
         return Step(preview if Term.PREVIEW in wanted else None, plan.count, rows)
+
+    def seal(self) -> None:
+        """What is met for the first time from now on is not compiled: images under way would wait for a minute."""
+        self._compiler = None
 
     def _callable(self, network: Network, rows: int, table: SlotTable, terms: Term) -> WholeStep:
         callables = self._callables.setdefault(table, {})
@@ -72,8 +80,13 @@ class CompiledStep:
         return callables[key]
 
 
-def cuda_graph(launch: Launch) -> Launch:
-    """One launch in place of one for every kernel."""
+def one_pool() -> Capture:
+    """Captures that share their memory: they are replayed one after another, and what comes out is copied."""
+    return partial(cuda_graph, pool=torch.cuda.graph_pool_handle())
+
+
+def cuda_graph(launch: Launch, *, pool: Any = None) -> Launch:
+    """One launch in place of one for every kernel. Args: pool: see torch.cuda.graph."""
     # Outside of the capture first: what is called for the first time allocates, and may choose its kernels.
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
@@ -82,7 +95,7 @@ def cuda_graph(launch: Launch) -> Launch:
             launch()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         output = launch()
 
     def replay() -> Tensor | None:

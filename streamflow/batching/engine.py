@@ -16,7 +16,7 @@ from streamflow.backends.base import Network
 from streamflow.batching.rows import cut
 from streamflow.batching.slots import Image, Layout, Slot, SlotTable
 from streamflow.batching.step import Step, StepFunction, run_step
-from streamflow.errors import NOT_FINITE, GenerationError, StreamFlowError
+from streamflow.errors import NOT_FINITE, GenerationError, InvalidRequestError, StreamFlowError
 from streamflow.flow.programs import Op
 from streamflow.types import SlotState
 
@@ -208,8 +208,11 @@ class Engine:
 
     def _fail(self, slot: Slot, error: Exception, report: TickReport) -> None:
         _log.exception("network failed for image %s", slot.image.handle, exc_info=error)
-        message = f"the network failed at step {slot.op_index + 1} of {len(slot.image.program)}: {type(error).__name__}"
-        report.failed[slot.image.handle] = GenerationError(message, stage="denoiser")
+        step = f"step {slot.op_index + 1} of {len(slot.image.program)}"
+        message = f"the network failed at {step}: {type(error).__name__}"
+        # That an engine does not take this size, and what to do, is for the user.
+        refused = error if isinstance(error, InvalidRequestError) else None
+        report.failed[slot.image.handle] = refused or GenerationError(message, stage="denoiser")
         self._release(slot.image.handle)
 
     def _update(self, slots: Sequence[Slot], step: Step, report: TickReport) -> None:

@@ -1,4 +1,4 @@
-"""`streamflow engine export | list`: networks as graphs, for the runtimes that are faster than torch."""
+"""`streamflow engine export | build | list`: networks as graphs, for the runtimes that are faster than torch."""
 
 from __future__ import annotations
 
@@ -146,12 +146,13 @@ def build(
 
 @app.command("list")
 def list_graphs(model: Model = None, engines: Engines = None) -> None:
-    """List the networks of a checkpoint, and which graphs and engines of them can be used.
+    """List the networks of a checkpoint, whether their graphs can be used, and what engines there are of them.
 
     \b
     Examples:
         streamflow engine list
     """
+    from streamflow.backends.engine_cache import engines_of
     from streamflow.errors import NotFoundError
 
     store, parts = _opened(model, engines)
@@ -163,6 +164,9 @@ def list_graphs(model: Model = None, engines: Engines = None) -> None:
             state = str(error).partition(": ")[2]
         rows.append((name, state))
     print_out(table("network", "graph", rows=rows))
+    engines_there = [line for part in parts.values() for line in engines_of(store, part)]
+    if engines_there:
+        print_out(table("network", "engine", "for", "rows", "pictures", rows=engines_there))
 
 
 def _opened(model: Path | None, engines: Path | None) -> tuple[GraphStore, dict[str, Part]]:
@@ -199,12 +203,13 @@ def read_size(text: str, card: ModelCard) -> tuple[int, int]:
 
 def _tested(store: GraphStore, part: Part) -> Iterator[str]:
     """How each runtime does that is installed."""
+    from streamflow.backends.runtime import available_cores
     from streamflow.backends.select import ON_CPU
 
     for name, runtime in ON_CPU.items():
         if find_spec(name) is None:
             yield f"{name}: not installed"
             continue
-        tested = store.test(part, runtime(store.path(part)))
+        tested = store.test(part, runtime(store.path(part)), cores=available_cores())
         bits = "equal bits whatever the neighbours" if tested.row_invariant else "bits depend on the neighbours"
         yield f"{name}: {tested.error:.1e}, {bits}"

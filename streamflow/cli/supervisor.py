@@ -24,7 +24,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import child_environment
+from streamflow.config import EngineSettings, child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.families import check_checkpoint
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
@@ -64,7 +64,7 @@ class LocalDeployment:
         settings: further settings for every process, by field name (see streamflow.config).
         log_dir: a file for each process; None = no files.
         on_line: takes every line that a process writes, with its name.
-        ready_timeout_s: for the start of a process.
+        ready_timeout_s: for the start of a process; None = 3 minutes, or 2 hours where it makes its engines first.
         grace_s: how long a process may drain after SIGTERM.
         commands: what runs each kind of process.
 
@@ -90,7 +90,7 @@ class LocalDeployment:
         settings: Mapping[str, object] = MappingProxyType({}),
         log_dir: Path | None = None,
         on_line: OnLine | None = None,
-        ready_timeout_s: float = 180.0,
+        ready_timeout_s: float | None = None,
         grace_s: float = 20.0,
         commands: Mapping[str, Sequence[str]] = COMMANDS,
     ) -> None:
@@ -107,7 +107,9 @@ class LocalDeployment:
             **settings,
         }
         self._log_dir, self._user_on_line = log_dir, on_line
-        self._ready_timeout_s, self._grace_s = ready_timeout_s, grace_s
+        makes_engines = self._settings.get("make_engines", EngineSettings().make_engines)
+        self._ready_timeout_s = ready_timeout_s or (7200.0 if makes_engines else 180.0)
+        self._grace_s = grace_s
         self._processes: dict[str, Supervised] = {}
         self._addresses: dict[str, str] = {}
         self._numbers = dict.fromkeys(self._replicas, 0)

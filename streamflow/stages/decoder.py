@@ -92,7 +92,14 @@ class DecoderStage:
 
         card = describe(path, name)
         open_part = open_parts(
-            device, dtype, backend=backend, engines=engines, threads=threads, rows=MAX_ROWS, make_engines=make_engines
+            device,
+            dtype,
+            backend=backend,
+            engines=engines,
+            threads=threads,
+            rows=MAX_ROWS,
+            make_engines=make_engines,
+            measured=not deterministic,
         )
         decoders = {kind: load_decoder(path, kind, open_part) for kind in card.decoders}
         return cls(

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from streamflow.backends.cost import Cost
-from streamflow.backends.select import TORCH, open_parts
+from streamflow.backends.runtime import available_cores
+from streamflow.backends.select import AUTO, TORCH, open_parts
+from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import Engine, Progress
 from streamflow.batching.slots import Image
 from streamflow.batching.step import StepFunction, run_step
@@ -64,7 +66,7 @@ class DenoiserStage:
         cost: Cost | None = None,
     ) -> None:
         self.cost = cost
-        self._denoiser = denoiser
+        self._denoiser, self._step = denoiser, step
         self._engine = Engine(denoiser.networks, capacity=slots, device=device, step=step)
         self._handles: Iterator[int] = itertools.count()
         self._runner: EngineRunner | None = None
@@ -84,7 +86,7 @@ class DenoiserStage:
         threads: int = 0,
         slots: int = DEFAULT_SLOTS,
         deterministic: bool = False,
-        compiled: bool | None = None,
+        compiled: bool = False,
         name: str = "",
     ) -> Self:
         """Loads the denoising networks of a checkpoint, and nothing else of it.
@@ -95,10 +97,12 @@ class DenoiserStage:
             slots: images at once; 0 = as many as its measured cost asks for.
             deterministic: a picture's bytes do not depend on its neighbours; every network call has one row count,
                 unless they do not anyway.
-            compiled: a callable for each of a few row counts is compiled, by `warm_up` those for the default size;
-                None = on a GPU, where torch runs the networks.
+            compiled: torch compiles a step for each of a few row counts; `warm_up` does those of the default size, and
+                others are not compiled. On a GPU steps are CUDA graphs with it and without.
             name: that clients use; empty = the folder's name.
         """
+        if compiled and backend not in (AUTO, TORCH):
+            raise InvalidRequestError("backend", backend, f"{AUTO} or {TORCH}: torch is what compiles steps")
         chosen = TORCH if compiled else backend
         open_part = open_parts(
             device,
@@ -108,13 +112,14 @@ class DenoiserStage:
             threads=threads,
             rows=2 * (slots or LEAST_SLOTS),
             make_engines=make_engines,
+            measured=not deterministic,
         )
         denoiser = load_denoiser(path, open_part, name=name)
         cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)
         slots = slots or cost.slots(least=LEAST_SLOTS, most=MOST_SLOTS)
-        step = choose_step(denoiser, open_part.device, compiled)
+        step = choose_step(denoiser, open_part.device, compiled=compiled)
         if deterministic:
-            pad_to_one(denoiser)
+            pad_to_one(denoiser, threads=threads or available_cores())
         elif step is not run_step:
             pad(denoiser, cost.buckets(2 * slots))
         return cls(denoiser, slots=slots, device=open_part.device, step=step, cost=cost)
@@ -125,7 +130,7 @@ class DenoiserStage:
 
     @property
     def backend(self) -> str:
-        return self._denoiser.networks["base"].name
+        return ", ".join(dict.fromkeys(network.name for network in self._denoiser.networks.values()))
 
     @property
     def engine(self) -> Engine:
@@ -162,6 +167,8 @@ class DenoiserStage:
         for sampler, rows in itertools.product(samplers, counts):
             guided, alone = divmod(min(rows, 2 * self.slots), 2)
             self.run([self._blank(sampler, scale) for scale in [2.0] * guided + [1.0] * alone])
+        if isinstance(self._step, CompiledStep):
+            self._step.seal()
 
     def _blank(self, sampler: str, guidance_scale: float) -> DenoiseJob:
         card, shapes = self.card, self._denoiser.conditioning_shapes

@@ -105,7 +105,13 @@ class EncoderStage:
         from streamflow.families import describe, load_text_encoder, load_vae_encoder
 
         open_part = open_parts(
-            device, dtype, backend=backend, engines=engines, threads=threads, make_engines=make_engines
+            device,
+            dtype,
+            backend=backend,
+            engines=engines,
+            threads=threads,
+            make_engines=make_engines,
+            measured=not deterministic,
         )
         text = load_text_encoder(path, open_part)
         images = load_vae_encoder(path, open_part)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import astuple
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
 from streamflow.backends.cost import COSTS, Cost, fit, measure, remembered
 from streamflow.backends.runtime import DETERMINISTIC_ROWS, available_cores, processor_name
+from streamflow.backends.select import ON_CPU
 from streamflow.backends.torch_eager import TorchRunner
-from streamflow.batching.compiled import CompiledStep, cuda_graph
+from streamflow.batching.compiled import CompiledStep, Launch, cuda_graph, one_pool
 from streamflow.batching.step import StepFunction, run_step
 from streamflow.families.base import Denoiser
 from streamflow.flow.programs import BASE
@@ -42,12 +44,21 @@ def measured_cost(
 
         return zeros(*shape), zeros() + 500, {name: zeros(*one) for name, one in denoiser.conditioning_shapes.items()}
 
-    @torch.inference_mode()
+    @cache
+    def launch(rows: int) -> Launch:
+        # As steps are run, see choose_step.
+        made = partial(network, *inputs(rows))
+        return cuda_graph(made) if device.type == "cuda" else made
+
+    @torch.no_grad()
     def call(rows: int) -> None:
         # To the CPU: only then it has ended.
-        network(*inputs(rows))[0, 0, 0, 0].item()
+        output = launch(rows)()
+        assert output is not None
+        output[0, 0, 0, 0].item()
 
-    about = (network.name, processor_name(device), dtype, f"{threads or available_cores()} threads", shape)
+    cores = torch.get_num_threads() if network.name == TorchRunner.name else threads or available_cores()
+    about = (network.name, torch.__version__, processor_name(device), dtype, f"{cores} threads", shape)
     path = None if engines is None else engines / card.revision / COSTS
     key = ", ".join(map(str, about))
     return Cost(
@@ -55,17 +66,15 @@ def measured_cost(
     )
 
 
-def choose_step(denoiser: Denoiser, device: torch.device, compiled: bool | None) -> StepFunction:
+def choose_step(denoiser: Denoiser, device: torch.device, *, compiled: bool) -> StepFunction:
     """How a group of slots makes a step: on a GPU in one launch, else call by call, unless it shall be compiled."""
     graphs = device.type == "cuda"
-    if compiled is None:
-        compiled = graphs and denoiser.networks[BASE].name == TorchRunner.name
     if not (compiled or graphs):
         return run_step
     if compiled:
         for network in denoiser.networks.values():
             network.name = "torch-compiled"
-    return CompiledStep("inductor" if compiled else None, capture=cuda_graph if graphs else None)
+    return CompiledStep("inductor" if compiled else None, capture=one_pool() if graphs else None)
 
 
 def pad(denoiser: Denoiser, row_counts: tuple[int, ...]) -> None:
@@ -74,8 +83,13 @@ def pad(denoiser: Denoiser, row_counts: tuple[int, ...]) -> None:
         network.row_counts = network.row_counts or row_counts
 
 
-def pad_to_one(denoiser: Denoiser) -> None:
-    """Makes every row's bits the same whatever is beside it, where the networks do not see to that themselves."""
+def pad_to_one(denoiser: Denoiser, *, threads: int) -> None:
+    """Makes every row's bits the same whatever is beside it, where the networks do not see to that themselves.
+
+    Args:
+        threads: between which rows may be shared out; all of them get as many then.
+    """
     for network in denoiser.networks.values():
         if not network.row_invariant:
-            network.row_counts = (network.row_counts or (DETERMINISTIC_ROWS,))[-1:]
+            rows = math.lcm(DETERMINISTIC_ROWS, threads) if network.name in ON_CPU else DETERMINISTIC_ROWS
+            network.row_counts = (network.row_counts or (rows,))[-1:]

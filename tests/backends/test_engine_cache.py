@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from streamflow import families
-from streamflow.backends.engine_cache import Built, EngineCache, Options, Platform, Profiles, Shapes
+from streamflow.backends.engine_cache import Built, EngineCache, Options, Platform, Profiles, Shapes, engines_of
 from streamflow.backends.graphs import GraphStore
 from streamflow.backends.parts import Part
 from streamflow.errors import NotFoundError
@@ -68,6 +68,23 @@ def test_a_text_encoder_has_no_sizes(parts: dict[str, Part]) -> None:
     assert SMALL.covers(Profiles((2,), ((512, 512),)), part)
 
 
+def test_engines_are_listed_whatever_they_are_for(cache: EngineCache, graphs: GraphStore, part: Part) -> None:
+    built = cache.make(part, LARGE, build)
+    (built.path.parent / "broken.json").write_text('{"made_of": {"part": "tiny_decoder", "rows": 3}}')
+    for_what = "float32, TensorRT 11.4.0, cards of 9.0"
+    assert engines_of(graphs, part) == [(part.name, built.path.stem, for_what, "1, 4, 16", "64 x 64, 128 x 64")]
+
+
+@pytest.mark.parametrize("sizes", [[[64]], [], "x", 3])
+def test_a_manifest_that_makes_no_sense_is_a_reason(cache: EngineCache, part: Part, sizes: object) -> None:
+    manifest = cache.make(part, SMALL, build).path.with_suffix(".json")
+    said = json.loads(manifest.read_text())
+    said["made_of"] |= {"sizes": sizes} if sizes else {"rows": []}
+    manifest.write_text(json.dumps(said))
+    with pytest.raises(NotFoundError, match="no engine that fits"):
+        cache.find(part, WANTED)
+
+
 def test_the_smallest_engine_that_fits_is_taken(cache: EngineCache, part: Part) -> None:
     large = cache.make(part, LARGE, build)
     assert cache.find(part, WANTED) == large
@@ -84,7 +101,8 @@ def test_one_that_takes_too_little_is_refused_with_the_command_that_builds_more(
     with pytest.raises(NotFoundError, match="takes up to 4 rows, and pictures of 64 x 64") as refused:
         cache.find(part, wanted)
     [(height, width)] = wanted.sizes
-    assert f"streamflow engine build --rows {wanted.rows[-1]} --size {width}x{height}" in str(refused.value)
+    command = f"streamflow engine build --dtype float32 --rows {wanted.rows[-1]} --size {width}x{height}"
+    assert command in str(refused.value)
 
 
 def other_weights(graphs: GraphStore, part: Part, built: Built) -> tuple[EngineCache, Part]:
@@ -179,7 +197,7 @@ def test_other_options_are_another_engine_and_the_plain_one_is_preferred(cache: 
 def test_half_precision_is_another_engine(cache: EngineCache, graphs: GraphStore, part: Part) -> None:
     cache.make(part, SMALL, build)
     half = EngineCache(graphs, H100, dtype=torch.float16)
-    with pytest.raises(NotFoundError, match=r"tiny_decoder\.float16: no graph"):
+    with pytest.raises(NotFoundError, match=r"tiny_decoder\.float16: no graph .*`streamflow engine build`"):
         half.find(part, WANTED)
 
 

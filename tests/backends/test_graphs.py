@@ -18,7 +18,7 @@ from streamflow.backends.graphs import GraphStore
 from streamflow.backends.onnx_runtime import OnnxRuntimeRunner
 from streamflow.backends.open_vino import OpenVinoRunner, has_bfloat16
 from streamflow.backends.parts import Part, PartModule, Runner
-from streamflow.errors import InvalidRequestError, NotFoundError
+from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
 
 # The first of them exports every network of the checkpoint.
 pytestmark = pytest.mark.timeout(300)
@@ -67,7 +67,7 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it(
     for first, count in ((0, 1), (3, 2), (5, 8)):
         some = runner({key: rows[first : first + count] for key, rows in inputs.items()})
         assert torch.equal(some, together[first : first + count])
-    assert store.test(part, runner).row_invariant
+    assert store.test(part, runner, cores=2).row_invariant
 
 
 def test_what_a_runner_returns_is_the_callers(parts: dict[str, Part], store: GraphStore) -> None:
@@ -161,6 +161,25 @@ def test_a_graph_that_is_not_what_it_says_is_refused_and_made_anew(
     with pytest.raises(NotFoundError, match=says):
         own_store.find(part)
     assert own_store.make(part) == own_store.find(part)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    parts: dict[str, Part], own_store: GraphStore, tmp_path: Path
+) -> None:
+    assert own_store.make(parts["tiny_decoder"]).is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(UnavailableError, match=r"cannot be written to .*file.* \(STREAMFLOW_ENGINES\)"):
+        GraphStore(tmp_path / "file").make(parts["tiny_decoder"])
+
+
+def test_what_a_killed_process_left_is_cleared(parts: dict[str, Part], own_store: GraphStore) -> None:
+    path = own_store.path(parts["tiny_decoder"])
+    left = path.parent / "tiny_decoder.made-abc"
+    left.mkdir()
+    (left / "half.onnx").touch()
+    path.unlink()
+    own_store.make(parts["tiny_decoder"])
+    assert not left.exists()
 
 
 def test_other_weights_are_another_graph(parts: dict[str, Part], own_store: GraphStore) -> None:

@@ -95,7 +95,13 @@ time.sleep(0.2)
 
 @pytest.mark.parametrize(
     ("written", "cores"),
-    [("150000 100000", 2), ("max 100000", sys.maxsize), ("50000 100000", 1), ("what", sys.maxsize)],
+    [
+        ("250000 100000", 2),
+        ("150000 100000", 1),
+        ("max 100000", sys.maxsize),
+        ("50000 100000", 1),
+        ("what", sys.maxsize),
+    ],
 )
 def test_a_containers_share_bounds_the_cores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, cores: int

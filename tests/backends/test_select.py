@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import torch
 from streamflow import families
 from streamflow.backends import select
 from streamflow.backends.graphs import GraphStore
-from streamflow.backends.parts import Part
+from streamflow.backends.parts import Part, Runner
 from streamflow.backends.select import Opener, leave_cores, open_parts
-from streamflow.errors import InvalidRequestError, NotFoundError
+from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Role
 from streamflow.stages.decoder import DecoderStage
@@ -50,8 +51,8 @@ def test_auto_takes_what_measured_fastest_and_says_why(
     assert taken == min(("onnxruntime", "openvino"), key=lambda name: float(said[name].removesuffix(" ms")))
     # Once on a machine, and what it says decides.
     [costs] = (store.folder / part.revision).glob("costs.json")
-    [key] = [key for key in json.loads(costs.read_text()) if key.startswith("unet on openvino, onnxruntime")]
-    for seconds, name in (([0.1, 0.2], "openvino"), ([0.2, 0.1], "onnxruntime")):
+    [key] = [key for key in json.loads(costs.read_text()) if key.startswith("unet on onnxruntime ")]
+    for seconds, name in (([0.1, 0.2], "onnxruntime"), ([0.2, 0.1], "openvino")):
         costs.write_text(json.dumps({key: seconds}))
         assert ON_CPU("auto", store=store)(part).name == name
     costs.unlink()
@@ -134,6 +135,52 @@ def test_deterministic_pads_only_where_bits_would_change(sd_checkpoint: Path, st
     for job, together in zip(jobs, stage.run(jobs), strict=True):
         [alone] = stage.run([job])
         assert np.array_equal(alone, together)
+
+
+def test_deterministic_takes_the_same_runtime_everywhere(
+    parts: dict[str, Part], store: GraphStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "measure", lambda *_, **__: pytest.fail("a timing must not decide"))
+    assert ON_CPU("auto", store=store, measured=False)(parts["unet"]).name == "onnxruntime"
+
+
+def test_what_a_runtime_raises_is_told_and_another_one_is_taken(
+    parts: dict[str, Part], store: GraphStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: object, inputs: object) -> None:
+        raise OSError("libsomething.so is missing")
+
+    monkeypatch.setattr(select.OnnxRuntimeRunner, "__call__", broken)
+    with caplog.at_level(logging.INFO):
+        assert ON_CPU("auto", store=store)(parts["tiny_decoder"]).name == "openvino"
+    assert "libsomething.so is missing" in str([vars(record) for record in caplog.records])
+    with pytest.raises(GenerationError, match=r"tiny_decoder: onnxruntime failed: OSError: libsomething\.so"):
+        ON_CPU("onnxruntime", store=store)(parts["tiny_decoder"])
+
+
+def test_rows_that_are_shared_out_are_tested_together(parts: dict[str, Part], store: GraphStore) -> None:
+    class WrongInTheMiddle:
+        name, row_invariant, row_counts = "wrong", True, None
+
+        def __init__(self, runner: Runner) -> None:
+            self._runner = runner
+
+        def __call__(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            output = self._runner(inputs)
+            if len(output) > 3:
+                output[4] += 1e-3
+            return output
+
+    runner = WrongInTheMiddle(ON_CPU("onnxruntime", store=store)(parts["unet"]))
+    assert store.test(parts["unet"], runner).row_invariant
+    tested = store.test(parts["unet"], runner, cores=2)
+    assert not tested.row_invariant
+    assert tested.error > 1e-4
+
+
+def test_steps_are_compiled_by_torch_alone(sd_checkpoint: Path) -> None:
+    with pytest.raises(InvalidRequestError, match="got 'onnxruntime'; allowed: auto or torch"):
+        DenoiserStage.load(sd_checkpoint, device="cpu", backend="onnxruntime", compiled=True)
 
 
 def test_the_number_of_slots_follows_from_what_a_call_costs(sd_checkpoint: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from streamflow.batching.compiled import CompiledStep
 from streamflow.batching.engine import MAX_LAYOUTS, Engine
 from streamflow.batching.slots import Image, SlotTable
 from streamflow.batching.step import StepFunction, run_step
-from streamflow.errors import GenerationError
+from streamflow.errors import GenerationError, InvalidRequestError
 from streamflow.flow.guidance import Guidance, GuidanceMode
 from streamflow.flow.noise import drawn_noise, initial_noise
 from streamflow.flow.programs import Op, Role
@@ -244,6 +244,16 @@ def test_compiled_steps_give_what_the_definition_gives(step: StepFunction) -> No
         torch.testing.assert_close(done[spec.handle].double(), alone(spec), rtol=1e-4, atol=1e-4)
 
 
+def test_a_sealed_step_compiles_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = CompiledStep("eager")
+    drive(Engine(networks((2,)), capacity=2, step=step), [image(0, steps=1)])
+    step.seal()
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("images under way would wait"))
+    spec = image(1, steps=2, mask=torch.eye(3), strength=1.0)
+    done = drive(Engine(networks((2,)), capacity=2, step=step), [spec])
+    torch.testing.assert_close(done[1].double(), alone(spec), rtol=1e-4, atol=1e-4)
+
+
 def test_slots_are_grouped_by_network() -> None:
     engine = Engine(networks(), capacity=3)
     engine.admit(image(0, sampler="H1R2", steps=None))
@@ -328,6 +338,16 @@ def test_a_change_that_breaks_half_way_leaves_the_image_as_it_was(monkeypatch: p
         with pytest.raises(torch.OutOfMemoryError):
             engine.change(0, lambda old, op: longer)
     torch.testing.assert_close(drive(engine, [])[0].double(), alone(spec), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_network_refuses_is_told_as_it_was_said() -> None:
+    class SmallOnly(Field):
+        def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+            raise InvalidRequestError("shape", "9x9", "the sizes for which it was built", "build more")
+
+    engine = Engine({"base": SmallOnly()}, capacity=1)
+    engine.admit(image(0))
+    assert str(engine.tick().failed[0]) == "shape: got '9x9'; allowed: the sizes for which it was built; build more"
 
 
 def test_only_the_guilty_image_fails() -> None:
