@@ -56,6 +56,8 @@ def export(
     from rich.console import Console
 
     from streamflow.backends.select import open_parts
+    from streamflow.config import default_model
+    from streamflow.stages.denoiser import DenoiserStage
 
     store, parts = _opened(model, engines)
     console, rows = Console(stderr=True), []
@@ -68,6 +70,10 @@ def export(
             # Measured now, on a machine that is not yet busy, and remembered for the services.
             taken = open_parts("cpu", engines=store.folder)(parts[name]).name
         rows.append((name, f"{path.stat().st_size / 2**20:.1f}", f"{time.monotonic() - began_s:.0f}", results, taken))
+    if not part:
+        # The number of slots follows from it; services that start beside each other would measure each other.
+        with console.status("measuring what calls of the denoiser take"):
+            DenoiserStage.load(model or default_model(), device="cpu", engines=store.folder)
     print_out(table("network", "MiB", "seconds", "difference to torch", "fastest here", rows=rows))
     typer.echo(f"in {path.parent}")
 
