@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamflow.families.libraries import from_diffusers, from_transformers
+from tests.checkpoints import make_tokenizer
 
 TOKENS = 77
 
@@ -42,7 +42,7 @@ def save_sd15(folder: Path, *, small: bool = False) -> Path:
         latent_channels=4,
         sample_size=128 if small else 512,
     )
-    tokenizer = _tokenizer(folder / "tokenizer")
+    tokenizer = make_tokenizer(folder / "tokenizer", TOKENS)
     heads, layers = (2, 2) if small else (12, 12)
     text = from_transformers("CLIPTextModel")(
         from_transformers("CLIPTextConfig")(
@@ -69,20 +69,6 @@ def save_sd15(folder: Path, *, small: bool = False) -> Path:
     tiny = from_diffusers("AutoencoderTiny")(scaling_factor=1.0).half()
     tiny.save_pretrained(folder / "tiny_vae")
     return folder
-
-
-def _tokenizer(folder: Path) -> Any:
-    """One that knows single characters only: prompts are padded to the same length whatever it does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = from_transformers("CLIPTokenizer")(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,13 @@ def save_sd_checkpoint(folder: Path, *, shift: float = 1.0) -> Path:
     return folder
 
 
-def make_tokenizer(folder: Path) -> CLIPTokenizer:
+def make_tokenizer(folder: Path, max_tokens: int = TOKENS) -> CLIPTokenizer:
     """A CLIP tokenizer that knows single characters only."""
     folder.mkdir(parents=True, exist_ok=True)
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=max_tokens)
     tokenizer.save_pretrained(folder)
     return tokenizer
