@@ -213,6 +213,7 @@ def test_a_build_that_fails_leaves_nothing_that_is_used(cache: EngineCache, part
 
 
 def _slowly(graph: Path, engine: Path, shapes: list[Shapes], timing_cache: Path, options: Options) -> None:
+    # So long that the other process asks for the engine while it is built.
     time.sleep(1)
     (graph.parent / f"built-{os.getpid()}").touch()
     build(graph, engine, shapes, timing_cache, options)

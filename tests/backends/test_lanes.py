@@ -82,12 +82,13 @@ def test_threads_go_with_their_network() -> None:
 
 def test_a_call_that_hangs_does_not_keep_a_process_from_ending() -> None:
     program = """
-import threading, time
+import threading
 import numpy as np
 from streamflow.backends.lanes import Lanes
-lanes = Lanes(None, [lambda feed: feed["a"], lambda feed: time.sleep(3600)])
+hangs, never = threading.Event(), threading.Event()
+lanes = Lanes(None, [lambda feed: feed["a"], lambda feed: hangs.set() or never.wait()])
 threading.Thread(target=lanes, args=({"a": np.zeros((2, 1))},), daemon=True).start()
-time.sleep(0.2)
+assert hangs.wait(20)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=30, check=False).returncode == 0
 
