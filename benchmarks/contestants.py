@@ -291,6 +291,7 @@ class _SingleRows:
         self._network = network
         self.name, self.row_counts = f"{network.name}, single rows", None
         self.row_invariant, self.takes_velocity = True, network.takes_velocity
+        self.guided_channels = network.guided_channels
 
     def __call__(self, latents: Any, timestep: Any, conditioning: Mapping[str, Any]) -> Any:
         import torch

@@ -84,6 +84,7 @@ class Timed:
         self._network = network
         self.name, self.row_counts = network.name, network.row_counts
         self.row_invariant, self.takes_velocity = network.row_invariant, network.takes_velocity
+        self.guided_channels = network.guided_channels
         self.seconds: dict[int, list[float]] = defaultdict(list)
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:

@@ -69,6 +69,13 @@ class ModelCard:
 
     Sizes are pixels; `size_multiple` is what width and height must be a multiple of. `flow` is what samplers are
     compiled for.
+
+    Attributes:
+        revision: of the weights and of what requests may add to them; jobs are made by workers of their revision.
+        weights_revision: of the weights alone: what graphs and engines are made of.
+        class_labels: how many there are, for models that take them in place of prompts; 0 = it takes prompts.
+        embedded_guidance: guidance_scale goes to the network; guidance with a negative prompt is true_cfg_scale.
+        adapters, controls: names of LoRA adapters and ControlNets that requests may use.
     """
 
     name: str
@@ -90,6 +97,11 @@ class ModelCard:
     latent_channels: int
     latent_factor: int
     flow: FlowSpec = field(default_factory=FlowSpec)
+    weights_revision: str = ""
+    class_labels: int = 0
+    embedded_guidance: bool = False
+    adapters: tuple[str, ...] = ()
+    controls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ def pipeline(sd_checkpoint: Path) -> Pipeline:
 
 
 def test_images_equal_the_reference_pipeline(sd_checkpoint: Path, pipeline: Pipeline) -> None:
-    from tests.families.test_sd import load_reference
+    from tests.families.reference import load_sd
 
-    theirs = load_reference(sd_checkpoint)(
+    theirs = load_sd(sd_checkpoint)(
         "a b",
         num_inference_steps=4,
         sigmas=[1.0, 0.75, 0.5, 0.25],

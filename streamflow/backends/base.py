@@ -17,12 +17,15 @@ class Network(Protocol):
             or a single one, so that where it is not row-invariant a row has the same bits nevertheless.
         row_invariant: whether a row's output has the same bits whatever the other rows are and however many.
         takes_velocity: a refiner, which sees the last velocity behind the latents: float32 [rows, 2 C, H, W].
+        guided_channels: guidance acts on so many channels, from the first; the others are those of the conditional
+            output. None = on all.
     """
 
     name: str
     row_counts: tuple[int, ...] | None
     row_invariant: bool
     takes_velocity: bool
+    guided_channels: int | None
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Evaluates every row at its own timestep.

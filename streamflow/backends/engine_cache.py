@@ -133,7 +133,7 @@ class EngineCache:
 
     def make(self, part: Part, profiles: Profiles, build: Build, options: Options = _PLAIN) -> Built:
         """Builds the engine, and before that its graph, unless they are there; of several processes one builds."""
-        graph = self._graphs.make(part, self._dtype)
+        graph = self._graphs.make(part, part.precision(self._dtype))
         made_of = self._made_of(part) | _said(profiles) | asdict(options)
         name = f"{part.name}-{hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]}"
         store = _engines(self._graphs, part)
@@ -178,8 +178,8 @@ class EngineCache:
             "part": part.name,
             "revision": part.revision,
             "adapters": list(self._adapters),
-            "graph": self._graphs.digest(part, self._dtype),
-            "precision": str(self._dtype).removeprefix("torch."),
+            "graph": self._graphs.digest(part, part.precision(self._dtype)),
+            "precision": str(part.precision(self._dtype)).removeprefix("torch."),
             "tensorrt": self._platform.tensorrt,
             "compute_capability": self._platform.compute_capability,
         }

@@ -13,13 +13,14 @@ class PartNetwork:
     """Implements `base.Network` with a runner whose inputs are `latents`, `timestep` and the conditioning.
 
     Args:
-        takes_velocity: see Network.
+        takes_velocity, guided_channels: see Network.
     """
 
-    def __init__(self, runner: Runner, *, takes_velocity: bool = False) -> None:
+    def __init__(self, runner: Runner, *, takes_velocity: bool = False, guided_channels: int | None = None) -> None:
         self._runner = runner
         self.name, self.row_invariant = runner.name, runner.row_invariant
         self.row_counts, self.takes_velocity = runner.row_counts, takes_velocity
+        self.guided_channels = guided_channels
 
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         return self._runner({"latents": latents, "timestep": timestep, **conditioning})

@@ -41,6 +41,7 @@ class Part:
         output: the name of what comes out, [rows, ...].
         sizes: of the named axes besides rows, in examples: "height" and "width", or none.
         unit_px: pixels of the picture in one unit of its height and width.
+        upcast: half precision overflows in it; it runs in float32 instead.
         load: reads the weights; the module is in eval mode, on the device, in the precision.
         call: (module, *inputs) -> output, made of what can be exported.
     """
@@ -53,6 +54,11 @@ class Part:
     call: Callable[..., Tensor]
     sizes: Mapping[str, int] = field(default_factory=dict)
     unit_px: int = 1
+    upcast: bool = False
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """In which it runs where `dtype` is asked for."""
+        return torch.float32 if self.upcast and dtype is torch.float16 else dtype
 
     def example(self, rows: int, *, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
         """Random inputs, with rows that differ in all of them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,6 +98,9 @@ class Opener:
         """Raises NotFoundError without the graph or engine that it needs, UnavailableError without its library,
         InvalidRequestError for a precision that the backend lacks, GenerationError when it does not pass its test.
         """
+        precision = part.precision(self.dtype)
+        if precision is not self.dtype:
+            return replace(self, dtype=precision)(part)
         if self.backend == AUTO:
             return self._fastest(part)
         return self._torch(part) if self.backend == TORCH else self._tested(part, self.backend)

@@ -110,7 +110,7 @@ def advance(network: Network, table: SlotTable, selection: Selection, terms: Ter
     """Runs one op of the selected slots and writes their new state into the table; the preview where `terms` has it."""
     state = _State(table, selection, terms)
     seen = state.network_input()
-    output = state.guide(state.call(network, seen))
+    output = state.guide(state.call(network, seen), network.guided_channels)
     preview = state.preview(seen, output) if Term.PREVIEW in terms else None
     state.update(output)
     return preview
@@ -142,13 +142,18 @@ class _State:
         conditioning = {name: values[slots, selection.roles] for name, values in self._table.conditioning.items()}
         return network(seen, timestep, conditioning).to(self._latents.dtype)
 
-    def guide(self, output: Tensor) -> Tensor:
-        """`o_n + g (o_c - o_n)`, [slots, C, H, W]; exactly `o_c` where both are the same row."""
+    def guide(self, output: Tensor, channels: int | None = None) -> Tensor:
+        """`o_n + g (o_c - o_n)`, [slots, C, H, W]; exactly `o_c` where both are the same row.
+
+        Args:
+            channels: see Network.guided_channels.
+        """
         conditional = output[: len(self._selection.slots)]
         if Term.GUIDED not in self._terms:
             return conditional
         negative = output[self._selection.negatives]
-        return negative + self._coefficient("guidance_scale") * (conditional - negative)
+        guided = negative + self._coefficient("guidance_scale") * (conditional - negative)
+        return guided if channels is None else torch.cat([guided[:, :channels], conditional[:, channels:]], dim=1)
 
     def preview(self, seen: Tensor, output: Tensor) -> Tensor:
         shown = self._coefficient("v_y") * seen + self._coefficient("v_o") * output

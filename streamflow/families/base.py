@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from streamflow.flow.guidance import Guidance
 from streamflow.types import ModelCard, Tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from streamflow.backends.base import Network
 
 
@@ -43,18 +46,28 @@ class LatentDecoder(Protocol):
         ...
 
 
+RowInputs = Callable[[int, int, Guidance], Mapping[str, "Tensor"]]
+"""From height and width in pixels and the guidance to float32 tensors without a batch axis."""
+
+
+def _none(height_px: int, width_px: int, guidance: Guidance) -> Mapping[str, Tensor]:
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Denoiser:
     """What the denoiser runs.
 
     Attributes:
         networks: by the names that programs use.
-        conditioning_shapes: of the named tensors that each row is conditioned on, without a batch axis.
+        conditioning_shapes: of the tensors that a text becomes, without a batch axis.
+        row_inputs: what the networks are told of a request besides its texts, such as its size.
     """
 
     networks: Mapping[str, Network]
     card: ModelCard
     conditioning_shapes: Mapping[str, tuple[int, ...]]
+    row_inputs: RowInputs = _none
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         factor = self.card.latent_factor

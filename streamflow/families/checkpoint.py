@@ -1,17 +1,134 @@
-"""Checkpoint folders in diffusers layout: reading their configs, and the revision of their weights. Without torch."""
+"""Checkpoint folders in diffusers layout: their configs, and the revision of their weights. Without torch."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from streamflow.errors import InvalidRequestError
 
 RECOMMENDED = "streamflow.json"
-"""Optional file of a checkpoint with what its own configs do not hold: recommended steps, guidance, limits."""
+"""Optional file of a checkpoint with what its configs do not hold: recommended steps, guidance, limits, its flow."""
+
+_HASHED = {".json", ".safetensors", ".txt", ".model", ".bin"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model to serve, as its operator names it.
+
+    Attributes:
+        folder: in diffusers layout.
+        label: the name that clients use; empty = the folder's name.
+        flow: what the weights were distilled to, where the folder cannot tell; see families/flows.py.
+        unet_delta: weights that are added to those of the denoising network (PeRFlow); None = none.
+        tiny_vae: a folder with a tiny autoencoder, in place of the checkpoint's own `tiny_vae`; None = that.
+        adapters, controls: LoRA files and ControlNet folders, by the names that requests use.
+        allow_pickle: weights may be in formats that can run code when they are read.
+        digests: a file in which digests of weights are kept, so that they are computed once; None = nowhere.
+    """
+
+    folder: Path
+    label: str = ""
+    flow: str = "auto"
+    unet_delta: Path | None = None
+    tiny_vae: Path | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    controls: Mapping[str, Path] = field(default_factory=dict)
+    allow_pickle: bool = False
+    digests: Path | None = None
+
+    @classmethod
+    def of(cls, source: Checkpoint | Path | str, label: str = "") -> Checkpoint:
+        """Args: source: a checkpoint as it is, or a folder."""
+        return source if isinstance(source, Checkpoint) else cls(Path(source), label)
+
+    @property
+    def name(self) -> str:
+        return self.label or self.folder.resolve().name
+
+    @cached_property
+    def index(self) -> Mapping[str, Any]:
+        """Which classes its parts are of."""
+        return read_json(self.folder, "model_index.json")
+
+    @cached_property
+    def recommended(self) -> Mapping[str, Any]:
+        """The settings in `streamflow.json`; empty without that file."""
+        return read_json(self.folder, RECOMMENDED) if (self.folder / RECOMMENDED).exists() else {}
+
+    def config(self, part: str) -> Mapping[str, Any]:
+        """Of a network of the checkpoint. Raises InvalidRequestError."""
+        return read_json(self.folder, f"{part}/config.json")
+
+    def has(self, part: str) -> bool:
+        """Whether there is such a part: in the folder, and not declared absent."""
+        return (self.folder / part).is_dir() and self.index.get(part) != [None, None]
+
+    def class_of(self, part: str, default: str) -> str:
+        """The class that `model_index.json` names for a part."""
+        named = self.index.get(part)
+        return named[1] if isinstance(named, list) and len(named) == 2 and named[1] else default
+
+    @cached_property
+    def tiny_folder(self) -> Path | None:
+        """Where the tiny autoencoder is; None = there is none."""
+        if self.tiny_vae is not None:
+            return self.tiny_vae
+        return self.folder / "tiny_vae" if (self.folder / "tiny_vae").is_dir() else None
+
+    def weights_revision(self, parts: Iterable[str], *, flow: str = "") -> str:
+        """A hash of the configs and weights of these parts, and of what is done with them: 16 hex digits.
+
+        Graphs and engines are made of these; adapters and ControlNets are not in it.
+
+        Args:
+            flow: as which they are served, unless that is what the folder says.
+        """
+        digest = hashlib.sha256()
+        for name, path in self._files(parts):
+            digest.update(name.encode() + b"\0" + bytes.fromhex(self._digest(path)))
+        digest.update(flow.encode())
+        return digest.hexdigest()[:16]
+
+    def revision(self, weights: str) -> str:
+        """A hash of `weights_revision` and of what requests may add to the weights."""
+        extra = {**self.adapters, **self.controls}
+        if not extra:
+            return weights
+        digest = hashlib.sha256(weights.encode())
+        for name, path in sorted(extra.items()):
+            for file in _weight_files(path):
+                digest.update(name.encode() + b"\0" + bytes.fromhex(self._digest(file)))
+        return digest.hexdigest()[:16]
+
+    def _files(self, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
+        for part in sorted(parts):
+            folder = (self.tiny_folder or self.folder / part) if part == "tiny_vae" else self.folder / part
+            for path in _weight_files(folder):
+                yield f"{part}/{path.relative_to(folder).as_posix()}", path
+        if self.unet_delta is not None:
+            for path in _weight_files(self.unet_delta):
+                yield "unet_delta", path
+
+    def _digest(self, path: Path) -> str:
+        """SHA-256 of a file, remembered until its size or time changes."""
+        about = path.stat()
+        key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
+        if key not in _DIGESTS:
+            written = _read_digests(self.digests)
+            _DIGESTS[key] = written.get(key) or _sha256(path)
+            # Small files are read as fast as looked up.
+            if key not in written and about.st_size > 2**20:
+                _write_digests(self.digests, {**written, key: _DIGESTS[key]})
+        return _DIGESTS[key]
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -34,18 +151,34 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def recommended(folder: Path) -> dict[str, Any]:
-    """The settings in `streamflow.json`; empty without that file."""
-    return read_json(folder, RECOMMENDED) if (folder / RECOMMENDED).exists() else {}
+def _weight_files(path: Path) -> list[Path]:
+    found = [path] if path.is_file() else [one for one in path.rglob("*") if one.suffix in _HASHED]
+    return sorted(one for one in found if one.is_file())
 
 
-def weights_revision(folder: Path, parts: Iterable[str]) -> str:
-    """A hash of the configs and weights in these parts of a checkpoint: 16 hex digits."""
-    digest = hashlib.sha256()
-    for part in sorted(parts):
-        for path in sorted((folder / part).rglob("*")):
-            if path.suffix in {".json", ".safetensors", ".txt"}:
-                digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+_DIGESTS: dict[str, str] = {}
+"""Of the files that this process has looked at, by path, size and time."""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_digests(path: Path | None) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        said = {} if path is None else json.loads(path.read_text("utf-8"))
+        if isinstance(said, dict):
+            return {str(key): str(value) for key, value in said.items()}
+    return {}
+
+
+def _write_digests(path: Path | None, known: Mapping[str, str]) -> None:
+    """Atomic. Of two processes that write at once one is forgotten, and computed again."""
+    if path is None:
+        return
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = path.with_name(f"{path.name}.{os.getpid()}")
+        made.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+        os.replace(made, path)

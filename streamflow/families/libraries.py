@@ -5,7 +5,17 @@ A stage whose networks run as graphs needs few of them, and starts in a fraction
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamflow.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 def from_diffusers(name: str) -> Any:
@@ -22,3 +32,75 @@ def from_transformers(name: str) -> Any:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return getattr(transformers, name)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network of a checkpoint on disk: calling it loads the module.
+
+    Attributes:
+        library: `from_diffusers` or `from_transformers`.
+        class_name: in the library.
+        folder: with config and weights.
+        allow_pickle: see Checkpoint.
+        options: more that `from_pretrained` takes.
+        finish: what is done to the loaded module before it is used.
+    """
+
+    library: Callable[[str], Any]
+    class_name: str
+    folder: Path
+    allow_pickle: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    finish: Callable[[Any], None] | None = None
+
+    def __call__(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """In eval mode, on the device, in the precision.
+
+        Raises:
+            InvalidRequestError: the weights are missing, cut, of other shapes, or not all there; the message names
+                the part.
+        """
+        with refused(self.folder):
+            module: Any
+            module, about = self.library(self.class_name).from_pretrained(
+                self.folder,
+                dtype=dtype,
+                use_safetensors=None if self.allow_pickle else True,
+                variant=variant(self.folder),
+                output_loading_info=True,
+                **self.options,
+            )
+            lacking = [*about["missing_keys"], *about["mismatched_keys"]]
+            if lacking:
+                raise ValueError(f"{len(lacking)} tensors are missing or of other shapes, such as {lacking[0]}")
+        if self.finish is not None:
+            self.finish(module)
+        loaded: nn.Module = module.to(device).eval()
+        return loaded
+
+
+def variant(folder: Path) -> str | None:
+    """The variant, such as "fp16", of weights that are there in no other."""
+    names = [path.name for path in folder.glob("*.safetensors")]
+    plain = any(name.count(".") == 1 for name in names)
+    variants = {name.split(".")[1].split("-")[0] for name in names if name.count(".") == 2}
+    return None if plain or len(variants) != 1 else variants.pop()
+
+
+@contextmanager
+def refused(part: Path) -> Iterator[None]:
+    """Turns what libraries raise for files that are incomplete, damaged or inconsistent into one error.
+
+    Raises:
+        InvalidRequestError: it names the part.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidRequestError("model", str(part), "a part of a checkpoint whose files fit together", reason) from (
+            error
+        )

@@ -36,6 +36,7 @@ class Guidance:
             et al., "Applying guidance in a limited interval").
         mode: where the negative output comes from.
         residual: strength of that output in the residual modes.
+        embedded: a scale that the network is fed, by models into which guidance was distilled (FLUX).
     """
 
     scale: float = 1.0
@@ -43,6 +44,7 @@ class Guidance:
     end_sigma: float = 0.0
     mode: GuidanceMode = GuidanceMode.FULL
     residual: float = 1.0
+    embedded: float = 0.0
 
     @property
     def on(self) -> bool:

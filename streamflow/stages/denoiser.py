@@ -306,7 +306,7 @@ class DenoiserStage:
             handle=handle,
             program=program,
             noise=noise,
-            conditioning={role: self._conditioning(role, job.conditioning[role]) for role in program.roles},
+            conditioning={role: self._conditioning(role, job) for role in program.roles},
             source=None if job.init_latents is None else _tensor("init_latents", job.init_latents, shape),
             mask=None if job.mask is None else _mask(job.mask, shape[1:]),
             seed=job.seed,
@@ -321,12 +321,13 @@ class DenoiserStage:
         )
         return compile_sampler(job.sampler, request, self.card.flow)
 
-    def _conditioning(self, role: Role, tensors: Tensors) -> dict[str, torch.Tensor]:
-        shapes = self._denoiser.conditioning_shapes
+    def _conditioning(self, role: Role, job: DenoiseJob) -> dict[str, torch.Tensor]:
+        shapes, tensors = self._denoiser.conditioning_shapes, job.conditioning[role]
         field = f"{role.name.lower()} conditioning"
         if set(tensors) != set(shapes):
             raise InvalidRequestError(field, sorted(tensors), "the tensors " + ", ".join(shapes))
-        return {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
+        texts = {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
+        return {**texts, **self._denoiser.row_inputs(job.height, job.width, job.guidance)}
 
     @property
     def _entered(self) -> EngineRunner:
@@ -371,4 +372,5 @@ def _mask(mask: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
 def _tensor(field: str, array: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
     if array.shape != shape:
         raise InvalidRequestError(field, f"shape {list(array.shape)}", f"shape {list(shape)}")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    # Not ascontiguousarray, which gives an array without axes one.
+    return torch.from_numpy(np.asarray(array, dtype=np.float32, order="C"))

@@ -141,7 +141,8 @@ class EncoderStage:
 
     @property
     def backend(self) -> str:
-        return ", ".join(dict.fromkeys((self._text.backend, self._images.backend)))
+        # Labels need no network.
+        return ", ".join(dict.fromkeys(filter(None, (self._text.backend, self._images.backend))))
 
     @property
     def counters(self) -> dict[str, int]:

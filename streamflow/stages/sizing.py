@@ -16,6 +16,7 @@ from streamflow.backends.torch_eager import TorchRunner
 from streamflow.batching.compiled import CompiledStep, Launch, cuda_graph, one_pool
 from streamflow.batching.step import StepFunction, run_step
 from streamflow.families.base import Denoiser
+from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import BASE
 
 LEAST_SLOTS, MOST_SLOTS = 4, 64
@@ -36,13 +37,15 @@ def measured_cost(
     """
     card, network = denoiser.card, denoiser.networks[BASE]
     shape = denoiser.latent_shape(card.default_height, card.default_width)
+    more = denoiser.row_inputs(card.default_height, card.default_width, Guidance())
+    shapes = {**denoiser.conditioning_shapes, **{name: tuple(one.shape) for name, one in more.items()}}
 
     @cache
     def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(rows, *shape, device=device)
 
-        return zeros(*shape), zeros() + 500, {name: zeros(*one) for name, one in denoiser.conditioning_shapes.items()}
+        return zeros(*shape), zeros(), {name: zeros(*one) for name, one in shapes.items()}
 
     @cache
     def launch(rows: int) -> Launch:
@@ -59,7 +62,7 @@ def measured_cost(
 
     cores = torch.get_num_threads() if network.name == TorchRunner.name else threads or available_cores()
     about = (network.name, torch.__version__, processor_name(device), dtype, f"{cores} threads", shape)
-    path = None if engines is None else engines / card.revision / COSTS
+    path = None if engines is None else engines / card.weights_revision / COSTS
     key = ", ".join(map(str, about))
     return Cost(
         *remembered(path, key, lambda: astuple(fit(measure(call, _ROWS, repeats=3, budget_s=_BUDGET_S))), count=2)

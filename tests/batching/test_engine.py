@@ -34,7 +34,7 @@ Change = Callable[[Image, Op], Image]
 class Field:
     """A velocity field `0.3 x + t + b`, with `b` from the conditioning."""
 
-    name, row_invariant, takes_velocity = "field", True, False
+    name, row_invariant, takes_velocity, guided_channels = "field", True, False, None
 
     def __init__(self, row_counts: tuple[int, ...] | None = None) -> None:
         self.row_counts = row_counts
