@@ -13,6 +13,7 @@ from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
+from streamflow.families.source import checkpoint_from
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.server import RpcServer, Service, server_credentials
 from streamflow.telemetry import Counters, configure_logging
@@ -23,7 +24,7 @@ from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
 
 async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
-    card = describe(settings.model, settings.model_name)
+    card = describe(checkpoint_from(settings))
     keys = ApiKeys.load(settings.api_keys_file)
     counters = Counters()
     limits = Limits(

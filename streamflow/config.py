@@ -22,13 +22,17 @@ def default_model() -> Path:
     return here if here.is_dir() else Path(__file__).parent.parent / here
 
 
-def default_engines() -> Path:
+def default_cache() -> Path:
     """In the user's cache; a user without a home has one where the process runs."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
         cache = Path(".cache")
-    return cache / "streamflow" / "engines"
+    return cache / "streamflow"
+
+
+def default_engines() -> Path:
+    return default_cache() / "engines"
 
 
 class Settings(BaseSettings):
@@ -52,6 +56,35 @@ class Settings(BaseSettings):
     job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
 
 
+class ModelSettings(BaseSettings):
+    """Which checkpoint is served, and as what: the same in every process of a deployment."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+
+    model: Path = Field(
+        default_factory=default_model,
+        description="Checkpoint folder in diffusers layout, or a name on the Hugging Face hub: org/name[@revision]",
+    )
+    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
+    flow: Literal["auto", "rectified", "instaflow", "2rf", "perflow"] = Field(
+        "auto", description="What the weights were distilled to, where the checkpoint's scheduler does not tell"
+    )
+    unet_delta: Path | None = Field(
+        None, description="Safetensors file with weights to add to the UNet's, as PeRFlow publishes them for any base"
+    )
+    tiny_vae: Path | None = Field(
+        None, description="Folder (or name on the hub) of a tiny autoencoder, in place of the checkpoint's tiny_vae"
+    )
+    adapters: Path | None = Field(
+        None, description="Folder of LoRA adapters that requests may name: NAME.safetensors, or folders NAME"
+    )
+    controls: Path | None = Field(None, description="Folder of ControlNets that requests may name: folders NAME")
+    allow_pickle: bool = Field(
+        False, description="Load weights that are not safetensors; such files can run code: only where you trust them"
+    )
+    cache: Path = Field(default_factory=default_cache, description="Where digests of weights are remembered")
+
+
 class EngineSettings(BaseSettings):
     """Where what runs networks fast is kept."""
 
@@ -65,11 +98,9 @@ class EngineSettings(BaseSettings):
     )
 
 
-class StageSettings(EngineSettings, Settings):
+class StageSettings(EngineSettings, ModelSettings, Settings):
     """What a stage's process needs besides."""
 
-    model: Path = Field(default_factory=default_model, description="Checkpoint folder in diffusers layout")
-    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the networks; auto = float32 on a CPU, float16 on a GPU"
@@ -104,12 +135,10 @@ class StageSettings(EngineSettings, Settings):
     )
 
 
-class GatewaySettings(Settings):
+class GatewaySettings(ModelSettings, Settings):
     """What the gateway needs besides."""
 
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
-    model: Path = Field(default_factory=default_model, description="Checkpoint folder: its card gives the defaults")
-    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
     api_keys_file: Path | None = Field(
         None, description="File with one `key tenant` a line; none = no keys are asked for"
     )

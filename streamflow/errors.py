@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import ClassVar
 
 
@@ -110,7 +111,9 @@ def first_of(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """`repr(value)`, with its middle left out where it is longer than `limit` characters."""
+    """`repr(value)`, with its middle left out where it is longer than `limit` characters. Paths stay whole."""
+    if isinstance(value, PurePath):
+        return repr(str(value))
     # A prompt of a million characters must not be copied just to be cut.
     if isinstance(value, str | bytes) and len(value) > limit:
         return f"{value[: limit // 2]!r}... ({len(value)} {'characters' if isinstance(value, str) else 'bytes'})"

@@ -14,6 +14,7 @@ def main() -> None:
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.decoder.handler import DecodeHandler
     from services.decoder.servicer import service
+    from streamflow.families.source import checkpoint_from
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.decoder import DEFAULT_SLOTS, DecoderStage
     from streamflow.transport.base import Transport
@@ -22,7 +23,7 @@ def main() -> None:
 
     def load(settings: StageSettings) -> DecoderStage:
         return DecoderStage.load(
-            settings.model,
+            checkpoint_from(settings),
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
@@ -33,7 +34,6 @@ def main() -> None:
             image_workers=settings.image_workers,
             slots=settings.slots or DEFAULT_SLOTS,
             deterministic=settings.deterministic,
-            name=settings.model_name,
         )
 
     def handler(stage: DecoderStage, transport: Transport, settings: StageSettings) -> DecodeHandler:

@@ -14,6 +14,7 @@ def main() -> None:
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.denoiser.handler import DenoiseHandler
     from services.denoiser.servicer import service
+    from streamflow.families.source import checkpoint_from
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.denoiser import DenoiserStage
     from streamflow.transport.base import Transport
@@ -21,7 +22,7 @@ def main() -> None:
 
     def load(settings: StageSettings) -> DenoiserStage:
         return DenoiserStage.load(
-            settings.model,
+            checkpoint_from(settings),
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
@@ -31,7 +32,6 @@ def main() -> None:
             slots=settings.slots,
             deterministic=settings.deterministic,
             compiled=settings.compiled,
-            name=settings.model_name,
         )
 
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:

@@ -14,6 +14,7 @@ def main() -> None:
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.encoder.handler import EncodeHandler
     from services.encoder.servicer import service
+    from streamflow.families.source import checkpoint_from
     from streamflow.host.process import StageService, run_stage
     from streamflow.stages.encoder import DEFAULT_SLOTS, EncoderStage
     from streamflow.transport.base import Transport
@@ -21,7 +22,7 @@ def main() -> None:
 
     def load(settings: StageSettings) -> EncoderStage:
         return EncoderStage.load(
-            settings.model,
+            checkpoint_from(settings),
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
@@ -31,7 +32,6 @@ def main() -> None:
             max_wait_s=settings.max_wait_ms / 1000,
             slots=settings.slots or DEFAULT_SLOTS,
             deterministic=settings.deterministic,
-            name=settings.model_name,
         )
 
     def handler(stage: EncoderStage, transport: Transport, settings: StageSettings) -> EncodeHandler:

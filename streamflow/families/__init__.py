@@ -10,6 +10,7 @@ A family is a module in `FAMILIES` with these functions, of a checkpoint and its
     load_text_encoder   a TextEncoder of them
     networks            the parts that the denoiser runs, by the names that programs use
     load_denoiser       a Denoiser of them
+    FOLDERS             that make a checkpoint of it
     TINY                where a tiny autoencoder for its latents is published
 """
 
@@ -25,6 +26,7 @@ from streamflow.errors import InvalidRequestError
 from streamflow.families import autoencoders
 from streamflow.families.base import Denoiser, LatentDecoder, TextEncoder, VaeEncoder
 from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.weights import check_parts
 from streamflow.types import DecoderKind, ModelCard, Stage
 
 if TYPE_CHECKING:
@@ -51,20 +53,22 @@ def check_checkpoint(source: Source) -> None:
     """
     checkpoint = Checkpoint.of(source)
     if not checkpoint.folder.is_dir():
-        raise InvalidRequestError("model", str(checkpoint.folder), "the folder of a checkpoint in diffusers layout")
+        raise InvalidRequestError("model", checkpoint.folder, "the folder of a checkpoint in diffusers layout")
     _family(checkpoint)
 
 
 def describe(source: Source, name: str = "") -> ModelCard:
-    """What the checkpoint offers, read from its configs.
+    """What the checkpoint offers, read from its configs and the headers of its weights.
 
     Raises:
-        InvalidRequestError: no checkpoint of a known family is there, or a part is missing.
+        InvalidRequestError: no checkpoint of a known family is there, or a part is missing or damaged.
     """
     checkpoint = Checkpoint.of(source, name)
     check_checkpoint(checkpoint)
+    family = _family(checkpoint)
+    check_parts(checkpoint, family.FOLDERS)
     with _configs_read(checkpoint):
-        card: ModelCard = _family(checkpoint).describe(checkpoint)
+        card: ModelCard = family.describe(checkpoint)
     return card
 
 
@@ -104,8 +108,8 @@ def load_decoder(source: Source, kind: DecoderKind, open_part: OpenPart) -> Late
     raise AssertionError("errors leave the context")
 
 
-def load_denoiser(source: Source, open_part: OpenPart, *, name: str = "") -> Denoiser:
-    with _loading(source, name) as (family, checkpoint, card):
+def load_denoiser(source: Source, open_part: OpenPart) -> Denoiser:
+    with _loading(source) as (family, checkpoint, card):
         denoiser: Denoiser = family.load_denoiser(checkpoint, card, open_part)
     return denoiser
 
@@ -118,13 +122,13 @@ def _family(checkpoint: Checkpoint) -> Any:
 
 
 @contextmanager
-def _loading(source: Source, name: str = "") -> Iterator[tuple[Any, Checkpoint, ModelCard]]:
+def _loading(source: Source) -> Iterator[tuple[Any, Checkpoint, ModelCard]]:
     """What all loaders take: the family's module, the checkpoint and its card.
 
     Raises:
         InvalidRequestError: for whatever a loader meets in a folder that is incomplete, damaged or inconsistent.
     """
-    checkpoint = Checkpoint.of(source, name)
+    checkpoint = Checkpoint.of(source)
     card = describe(checkpoint)
     with _configs_read(checkpoint):
         yield _family(checkpoint), checkpoint, card
@@ -142,4 +146,4 @@ def _configs_read(checkpoint: Checkpoint) -> Iterator[None]:
     except (KeyError, TypeError) as error:
         reason = f"a config lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         allowed = "a checkpoint whose configs are whole"
-        raise InvalidRequestError("model", str(checkpoint.folder), allowed, reason) from error
+        raise InvalidRequestError("model", checkpoint.folder, allowed, reason) from error

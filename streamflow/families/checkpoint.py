@@ -141,13 +141,11 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError as error:
-        raise InvalidRequestError(
-            "model", str(folder), f"a checkpoint folder in diffusers layout, with {name}"
-        ) from error
+        raise InvalidRequestError("model", folder, f"a checkpoint folder in diffusers layout, with {name}") from error
     except (OSError, ValueError) as error:
-        raise InvalidRequestError("model", str(path), "a readable JSON file", str(error)) from error
+        raise InvalidRequestError("model", path, "a readable JSON file", str(error)) from error
     if not isinstance(value, dict):
-        raise InvalidRequestError("model", str(path), "a JSON object")
+        raise InvalidRequestError("model", path, "a JSON object")
     return value
 
 

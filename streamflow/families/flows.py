@@ -63,9 +63,10 @@ def flow_name(checkpoint: Checkpoint) -> str:
     if told is None and said == AUTO:
         raise InvalidRequestError(
             "flow",
-            f"{AUTO} with the scheduler {scheduler}, which does not tell what the weights were distilled to",
+            f"{AUTO} with the scheduler {scheduler}",
             ", ".join(FLOWS[1:]),
-            "set --flow (STREAMFLOW_FLOW); plain diffusion models, without any of these, are not served",
+            "the scheduler does not tell what the weights were distilled to: set --flow (STREAMFLOW_FLOW); "
+            "plain diffusion models, which were distilled to none of these, are not served",
         )
     if told is not None and said not in (AUTO, told):
         raise InvalidRequestError("flow", f"{said} with the scheduler {scheduler}", f"{told} or {AUTO}")

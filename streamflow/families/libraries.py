@@ -101,6 +101,4 @@ def refused(part: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InvalidRequestError("model", str(part), "a part of a checkpoint whose files fit together", reason) from (
-            error
-        )
+        raise InvalidRequestError("model", part, "a part of a checkpoint whose files fit together", reason) from (error)

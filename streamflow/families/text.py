@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streamflow.errors import InvalidRequestError
 from streamflow.families.checkpoint import Checkpoint, read_json
 from streamflow.families.libraries import Weights, from_transformers, refused
 from streamflow.types import Tensors
@@ -68,6 +69,9 @@ class Tower:
     def open(cls, spec: TowerSpec, checkpoint: Checkpoint, revision: str, open_part: OpenPart) -> Tower:
         folder = checkpoint.folder / spec.tokenizer
         named = checkpoint.class_of(spec.tokenizer, "T5TokenizerFast" if spec.model == T5 else "CLIPTokenizer")
+        # Without any of its files the library makes one up.
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
+            raise InvalidRequestError("model", folder, "a tokenizer, with its tokenizer.json or vocabulary")
         with refused(folder):
             tokenizer = from_transformers(named).from_pretrained(folder)
         return cls(spec, tokenizer, open_part(spec.part(checkpoint, revision)))

@@ -18,6 +18,7 @@ from streamflow.stages.microbatch import MicroBatcher
 from streamflow.types import DecoderKind, ImageFormat, ModelCard, OutputSpec
 
 if TYPE_CHECKING:
+    from streamflow.families import Source as CheckpointSource
     from streamflow.families.base import LatentDecoder
 
 DEFAULT_SLOTS = 8
@@ -67,7 +68,7 @@ class DecoderStage:
     @classmethod
     def load(
         cls,
-        path: Path | str,
+        source: CheckpointSource,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -85,12 +86,14 @@ class DecoderStage:
 
         Args:
             backend, engines, threads, make_engines: see streamflow.backends.select.open_parts.
-            name: that clients use; empty = the folder's name.
+            name: that clients use, where the source is a folder; empty = the folder's name.
         """
         from streamflow.backends.select import open_parts
         from streamflow.families import describe, load_decoder
+        from streamflow.families.checkpoint import Checkpoint
 
-        card = describe(path, name)
+        checkpoint = Checkpoint.of(source, name)
+        card = describe(checkpoint)
         open_part = open_parts(
             device,
             dtype,
@@ -101,7 +104,7 @@ class DecoderStage:
             make_engines=make_engines,
             measured=not deterministic,
         )
-        decoders = {kind: load_decoder(path, kind, open_part) for kind in card.decoders}
+        decoders = {kind: load_decoder(checkpoint, kind, open_part) for kind in card.decoders}
         return cls(
             decoders,
             card,

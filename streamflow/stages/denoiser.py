@@ -21,8 +21,9 @@ from streamflow.batching.engine import Engine, Progress
 from streamflow.batching.slots import Image
 from streamflow.batching.step import StepFunction, run_step
 from streamflow.errors import InvalidRequestError, NotFoundError
-from streamflow.families import load_denoiser
+from streamflow.families import Source, load_denoiser
 from streamflow.families.base import Denoiser
+from streamflow.families.checkpoint import Checkpoint
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
@@ -76,7 +77,7 @@ class DenoiserStage:
     @classmethod
     def load(
         cls,
-        path: Path | str,
+        source: Source,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -99,7 +100,7 @@ class DenoiserStage:
                 unless they do not anyway.
             compiled: torch compiles a step for each of a few row counts; `warm_up` does those of the default size, and
                 others are not compiled. On a GPU steps are CUDA graphs with it and without.
-            name: that clients use; empty = the folder's name.
+            name: that clients use, where the source is a folder; empty = the folder's name.
         """
         if compiled and backend not in (AUTO, TORCH):
             raise InvalidRequestError("backend", backend, f"{AUTO} or {TORCH}: torch is what compiles steps")
@@ -114,7 +115,7 @@ class DenoiserStage:
             make_engines=make_engines,
             measured=not deterministic,
         )
-        denoiser = load_denoiser(path, open_part, name=name)
+        denoiser = load_denoiser(Checkpoint.of(source, name), open_part)
         cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)
         slots = slots or cost.slots(least=LEAST_SLOTS, most=MOST_SLOTS)
         step = choose_step(denoiser, open_part.device, compiled=compiled)

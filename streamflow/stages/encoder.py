@@ -19,6 +19,7 @@ from streamflow.stages.microbatch import MicroBatcher
 from streamflow.types import EncodedJob, EncodeJob, ModelCard, Tensors
 
 if TYPE_CHECKING:
+    from streamflow.families import Source
     from streamflow.families.base import TextEncoder, VaeEncoder
 
 DEFAULT_SLOTS = 16
@@ -82,7 +83,7 @@ class EncoderStage:
     @classmethod
     def load(
         cls,
-        path: Path | str,
+        source: Source,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -99,10 +100,11 @@ class EncoderStage:
 
         Args:
             backend, engines, threads, make_engines: see streamflow.backends.select.open_parts.
-            name: that clients use; empty = the folder's name.
+            name: that clients use, where the source is a folder; empty = the folder's name.
         """
         from streamflow.backends.select import open_parts
         from streamflow.families import describe, load_text_encoder, load_vae_encoder
+        from streamflow.families.checkpoint import Checkpoint
 
         open_part = open_parts(
             device,
@@ -113,9 +115,10 @@ class EncoderStage:
             make_engines=make_engines,
             measured=not deterministic,
         )
-        text = load_text_encoder(path, open_part)
-        images = load_vae_encoder(path, open_part)
-        card = describe(path, name)
+        checkpoint = Checkpoint.of(source, name)
+        text = load_text_encoder(checkpoint, open_part)
+        images = load_vae_encoder(checkpoint, open_part)
+        card = describe(checkpoint)
         return cls(text, images, card, max_wait_s=max_wait_s, deterministic=deterministic, slots=slots)
 
     cost = None

@@ -25,6 +25,7 @@ from PIL import Image
 
 from streamflow.config import StageSettings
 from streamflow.families import describe
+from streamflow.families.source import checkpoint_from
 from streamflow.flow.programs import Role
 from streamflow.host.control import ControlServicer, StageControl
 from streamflow.host.process import StageService, serve
@@ -217,7 +218,7 @@ def main(name: str, environment: Mapping[str, str]) -> None:
     settings = StageSettings()
     configure_logging(level=settings.log_level, log_format=settings.log_format, service=name)
     stage = next(stage for stage in Stage if stage.service == name)
-    card = describe(settings.model, settings.model_name)
+    card = describe(checkpoint_from(settings))
     fault = Fault(name, Path(environment.get("STREAMFLOW_FAULT", "nothing ordered")))
     full_name, register, base = _SERVICES[stage]
 

@@ -1,0 +1,128 @@
+"""From what an operator writes to a checkpoint on this machine: a folder, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamflow.config import ModelSettings
+from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
+from streamflow.families.checkpoint import Checkpoint
+
+DIGESTS = "digests.json"
+_ON_HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
+_CONFIGS = ("*.json", "*.txt", "*.model")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def checkpoint_from(settings: ModelSettings) -> Checkpoint:
+    """What the settings of a process name; a model on the hub is downloaded, unless it was.
+
+    Raises:
+        InvalidRequestError: there is no such folder or model, or what belongs to it is not there.
+        UnavailableError: the hub cannot be reached.
+    """
+    folder = local_folder(settings.model, allow_pickle=settings.allow_pickle)
+    return Checkpoint(
+        folder,
+        label=settings.model_name or default_name(settings.model),
+        flow=settings.flow,
+        unet_delta=_existing("unet_delta", settings.unet_delta),
+        tiny_vae=_tiny_vae(settings.tiny_vae, settings.allow_pickle),
+        adapters=_named("adapters", settings.adapters, (".safetensors",)),
+        controls=_named("controls", settings.controls, ()),
+        allow_pickle=settings.allow_pickle,
+        digests=settings.cache / DIGESTS,
+    )
+
+
+def default_name(model: Path) -> str:
+    """By which clients know a model on the hub; empty for a folder, which has its own."""
+    found = None if model.is_dir() else _ON_HUB.fullmatch(str(model))
+    return found["repo"].partition("/")[2] if found else ""
+
+
+def local_folder(model: Path, *, allow_pickle: bool = False) -> Path:
+    """The folder itself, or that into which a model of the hub, such as `org/name` or `org/name@revision`, was put.
+
+    Where the hub's library is told to stay offline (HF_HUB_OFFLINE) only what was downloaded before is found.
+
+    Raises:
+        InvalidRequestError: neither a folder nor a model that can be had.
+        UnavailableError: the hub cannot be reached, or its library is not installed.
+    """
+    found = None if model.is_dir() else _ON_HUB.fullmatch(str(model))
+    if found is None:
+        return model
+    return _download(found["repo"], found["revision"], allow_pickle=allow_pickle)
+
+
+def _download(repo: str, revision: str | None, *, allow_pickle: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        message = f"there is no folder {repo}; models of the hub need: pip install 'streamflow[serve]'"
+        raise UnavailableError(message) from error
+    weights = ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",)
+    wanted = [f"*/{pattern}" for pattern in (*weights, *_CONFIGS)]
+    with _hub_errors(repo, revision):
+        # Not single files beside the folders: many checkpoints have all weights once more in one.
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=["model_index.json", "streamflow.json", *wanted],
+                ignore_patterns=["safety_checker/*", "feature_extractor/*", "*.fp16.*", "*.non_ema.*", "*.onnx*"],
+            )
+        )
+
+
+@contextmanager
+def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = repo if revision is None else f"{repo}@{revision}"
+    allowed = "the folder of a checkpoint in diffusers layout, or a model's name on the Hugging Face hub"
+    try:
+        yield
+    except StreamFlowError:
+        raise
+    except GatedRepoError as error:
+        hint = "accept its licence there, and set HF_TOKEN"
+        raise InvalidRequestError("model", name, "a model that you have access to", hint) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        hint = "there is no such folder here, and no such model or revision there (a private one needs HF_TOKEN)"
+        raise InvalidRequestError("model", name, allowed, hint) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        message = f"model: there is no folder {name} here, and it cannot be had from the hub: {reason}"
+        raise UnavailableError(message) from error
+
+
+def _tiny_vae(given: Path | None, allow_pickle: bool) -> Path | None:
+    return None if given is None else _existing("tiny_vae", local_folder(given, allow_pickle=allow_pickle))
+
+
+def _existing(field: str, path: Path | None) -> Path | None:
+    if path is not None and not path.exists():
+        raise InvalidRequestError(field, path, "a file or folder that is there")
+    return path
+
+
+def _named(field: str, folder: Path | None, endings: tuple[str, ...]) -> dict[str, Path]:
+    """What is in a folder, by name: folders, and files with these endings."""
+    if folder is None:
+        return {}
+    if not folder.is_dir():
+        raise InvalidRequestError(field, folder, "a folder that is there")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not (path.is_dir() or path.suffix in endings):
+            continue
+        name = path.name if path.is_dir() else path.stem
+        if not _NAME.fullmatch(name) or name in found:
+            raise InvalidRequestError(field, path.name, "names of their own, of A-Z a-z 0-9 . _ -, at most 64")
+        found[name] = path
+    return found
