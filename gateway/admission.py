@@ -18,17 +18,17 @@ from streamflow.rpc import convert
 from streamflow.types import ModelCard
 from streamflow.v1 import types_pb2
 from streamflow.validation import (
-    MAX_GUIDANCE_SCALE,
     check_prompt,
     check_request_id,
     check_sampling,
     check_size,
+    check_subjects,
+    check_true_cfg_scale,
     texts_for,
 )
 
 DEFAULT_STRENGTH = 0.8
 
-_TRUE_CFG_FAMILIES = ("flux",)
 _PRIORITIES = {
     types_pb2.PRIORITY_UNSPECIFIED: 0,
     types_pb2.PRIORITY_LOW: -1,
@@ -77,7 +77,7 @@ def check(request: types_pb2.GenerateRequest, *, card: ModelCard, settings: Gate
     _check_identity(request, card)
     _check_prompts(request, card, settings)
     _check_counts(request, card, settings)
-    _check_true_guidance(request, card)
+    check_true_cfg_scale(card, convert.true_cfg_scale(request), request.negative_prompt)
     _check_size(request, card, settings)
     _check_images(request, settings)
     check_budget(request, card, settings)
@@ -106,7 +106,7 @@ def priority(request: types_pb2.GenerateRequest) -> int:
 
 def num_images(request: types_pb2.GenerateRequest) -> int:
     """Images over all prompts."""
-    return len(request.prompts) * (request.num_images or 1)
+    return len(convert.texts_from_pb(request)) * (request.num_images or 1)
 
 
 def work(request: types_pb2.GenerateRequest, card: ModelCard) -> float:
@@ -138,15 +138,11 @@ def _check_identity(request: types_pb2.GenerateRequest, card: ModelCard) -> None
 
 
 def _check_prompts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
-    if request.class_labels:
-        given = f"{len(request.class_labels)} labels"
-        raise InvalidRequestError("class_labels", given, "none", f"{card.name} takes prompts")
-    if not 1 <= len(request.prompts) <= settings.max_prompts:
-        raise InvalidRequestError("prompts", f"{len(request.prompts)} prompts", f"1 to {settings.max_prompts}")
+    prompts, labels, negative = request.prompts, request.class_labels, request.negative_prompt
+    check_subjects(card, prompts, labels, negative_prompt=negative, most=settings.max_prompts)
     for number, prompt in enumerate(request.prompts):
         field = f"prompts[{number}]"
         check_prompt(field, prompt, max_chars=settings.max_prompt_chars)
-    negative = request.negative_prompt
     check_prompt("negative_prompt", negative, max_chars=settings.max_prompt_chars, may_be_empty=True)
     check_prompt("source_prompt", request.source_prompt, max_chars=settings.max_prompt_chars, may_be_empty=True)
 
@@ -160,14 +156,6 @@ def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings:
         allowed = f"at most {per_minute:g} images over all prompts, which is what you may have in a minute"
         raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
     _check_range("preview_interval_steps", request.preview_interval_steps, 0, card.max_steps)
-
-
-def _check_true_guidance(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
-    if request.HasField("true_cfg_scale"):
-        if card.family not in _TRUE_CFG_FAMILIES:
-            hint = f"{card.name} has guidance_scale only"
-            raise InvalidRequestError("true_cfg_scale", request.true_cfg_scale, "leave it out", hint)
-        _check_range("true_cfg_scale", request.true_cfg_scale, 0, MAX_GUIDANCE_SCALE)
 
 
 def _check_sampling(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
@@ -184,7 +172,9 @@ def _program(request: types_pb2.GenerateRequest, card: ModelCard) -> Program:
         card,
         sampler=sampler,
         steps=request.steps if request.HasField("steps") else sampler_steps(sampler, card.default_steps),
-        guidance=convert.guidance_from_pb(scale, request.guidance),
+        guidance=convert.guidance_from_pb(
+            scale, request.guidance, card=card, true_cfg_scale=convert.true_cfg_scale(request)
+        ),
         strength=strength if request.init_image or request.HasField("strength") else None,
         size_px=(request.width or card.default_width, request.height or card.default_height),
     )
@@ -196,6 +186,7 @@ def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: G
             check_size(card, field, size_px)
     filled = types_pb2.GenerateRequest(
         prompts=request.prompts,
+        class_labels=request.class_labels,
         num_images=request.num_images,
         width=request.width or card.default_width,
         height=request.height or card.default_height,

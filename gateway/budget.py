@@ -76,7 +76,7 @@ def choices(request: types_pb2.GenerateRequest, card: ModelCard) -> list[Choice]
     if card.flow.windows is not None:
         return [Choice(card.default_sampler, steps) for steps in wanted]
     scale = request.guidance_scale if request.HasField("guidance_scale") else card.default_guidance_scale
-    residual = convert.guidance_from_pb(scale, request.guidance).is_residual
+    residual = convert.guidance_from_pb(scale, request.guidance, card=card).is_residual
     refined = card.flow.refiner is not None
     return [Choice("euler" if residual else _best(steps, refined=refined), steps) for steps in wanted]
 

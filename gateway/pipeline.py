@@ -15,6 +15,7 @@ from gateway.story import Story
 from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.rpc.convert import texts_from_pb
 from streamflow.telemetry import Counters, fingerprint, get_logger
 from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport
 from streamflow.transport.policy import HEADROOM
@@ -109,7 +110,7 @@ class Pipeline:
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
-        prompts = fingerprint("\n".join(request.prompts))
+        prompts = fingerprint("\n".join(texts_from_pb(request)))
         _log.info("admitted", job=new.id, attached=attached, images=new.num_images, prompts=prompts)
         return key, attached
 

@@ -32,6 +32,8 @@ from streamflow.validation import (
     check_sampling,
     check_seed,
     check_size,
+    check_subjects,
+    check_true_cfg_scale,
     texts_for,
 )
 
@@ -131,12 +133,14 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = (),
         *,
+        class_labels: Sequence[int] = (),
         negative_prompt: str = "",
         source_prompt: str = "",
         steps: int | None = None,
         guidance_scale: float | None = None,
+        true_cfg_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         guidance_mode: str = "full",
         residual_strength: float = 1.0,
@@ -155,6 +159,8 @@ class Pipeline:
         """Makes `num_images` pictures of each prompt; image k of the call uses `seed + k`.
 
         Args:
+            class_labels: for models that take them in place of prompts.
+            true_cfg_scale: guidance with the negative prompt, for models that are fed guidance_scale (FLUX).
             source_prompt: what `image` shows, for samplers that edit it.
             steps, guidance_scale, width, height, sampler: None = the model's default.
             guidance_interval: sigmas between which guidance acts, such as (0.9, 0.2); 1 = noise, 0 = data; None = all.
@@ -177,7 +183,7 @@ class Pipeline:
         scale = card.default_guidance_scale if guidance_scale is None else guidance_scale
         settings = _Settings(
             steps=sampler_steps(sampler, card.default_steps) if steps is None else steps,
-            guidance=_guidance(scale, guidance_interval, guidance_mode, residual_strength),
+            guidance=_guidance(card, scale, true_cfg_scale, guidance_interval, guidance_mode, residual_strength),
             sampler=sampler,
             seed=secrets.randbits(64) if seed is None else seed,
             width=width,
@@ -185,6 +191,9 @@ class Pipeline:
             strength=_strength(image, strength, mask),
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        check_subjects(card, prompts, class_labels, negative_prompt=negative_prompt, most=MAX_IMAGES)
+        check_true_cfg_scale(card, true_cfg_scale, negative_prompt)
+        prompts = prompts or [str(label) for label in class_labels]
         _check(card, settings, prompts, negative_prompt, source_prompt, num_images)
         program = settings.check(card, has_image=image is not None)
         noise = _noise(latents, len(prompts) * num_images)
@@ -192,8 +201,8 @@ class Pipeline:
         clock = _Clock()
         source = None if image is None else load_source(image, mask, size=(width, height), names=("image", "mask"))
         more = {"negative_prompt": negative_prompt, "source_prompt": source_prompt, "sampler": settings.sampler}
-        pictures = {} if source is None else {"init_image": source.image, "mask": source.mask}
-        texts = [EncodeJob(texts_for(program, prompt=text, **more), **pictures) for text in prompts]
+        picture, kept = (None, None) if source is None else (source.image, source.mask)
+        texts = [EncodeJob(texts_for(program, prompt=text, **more), picture, kept) for text in prompts]
         encoded = self._encoder.encode(texts)
         clock.lap("encode")
         owners = [job for job in encoded for _ in range(num_images)]
@@ -266,7 +275,6 @@ def _check(
     source_prompt: str,
     num_images: int,
 ) -> None:
-    check_count("prompt", len(prompts), MAX_IMAGES)
     for prompt in prompts:
         check_prompt("prompt", prompt, max_chars=MAX_PROMPT_CHARS)
     for name, text in (("negative_prompt", negative_prompt), ("source_prompt", source_prompt)):
@@ -277,11 +285,21 @@ def _check(
     check_size(card, "height", settings.height)
 
 
-def _guidance(scale: float, interval: tuple[float, float] | None, mode: str, residual: float) -> Guidance:
+def _guidance(
+    card: ModelCard,
+    scale: float,
+    true_cfg_scale: float | None,
+    interval: tuple[float, float] | None,
+    mode: str,
+    residual: float,
+) -> Guidance:
     if mode not in list(GuidanceMode):
         raise InvalidRequestError("guidance_mode", mode, ", ".join(GuidanceMode))
     start, end = (1.0, 0.0) if interval is None else read_interval(interval)
-    return Guidance(scale, start, end, GuidanceMode(mode), residual)
+    embedded = 0.0
+    if card.embedded_guidance:
+        scale, embedded = true_cfg_scale or 1.0, scale
+    return Guidance(scale, start, end, GuidanceMode(mode), residual, embedded)
 
 
 def _decoder_kind(card: ModelCard, name: str | None) -> DecoderKind:

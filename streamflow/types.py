@@ -104,6 +104,31 @@ class ModelCard:
     controls: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class AdapterUse:
+    """A LoRA adapter in a request: the weights that it changes move by `weight` times what it holds."""
+
+    name: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Which weights and networks an image runs with; images of different ones share no network call.
+
+    Attributes:
+        adapters: in the order of their names.
+        control: the name of a ControlNet; empty = none.
+    """
+
+    adapters: tuple[AdapterUse, ...] = ()
+    control: str = ""
+
+
+PLAIN = Variant()
+"""The model as it is."""
+
+
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
     """The texts of one image, and the images that it starts from.
@@ -112,11 +137,13 @@ class EncodeJob:
         texts: by what they are for; those that the sampler needs.
         init_image: uint8 [height, width, 3], already of the request's size; or None.
         mask: uint8 [height, width], 255 = repaint; or None.
+        adapters: those that change text encoders act on the texts.
     """
 
     texts: Mapping[Role, str]
     init_image: np.ndarray | None = None
     mask: np.ndarray | None = None
+    adapters: tuple[AdapterUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +194,9 @@ class DenoiseJob:
         noise: float32 [channels, height / f, width / f] in place of the seed's; or None.
         preview_interval_steps: a preview after every so many steps; 0 = none.
         resume: where another denoiser left it; None = it begins here.
+        variant: of the model.
+        control_image: what its ControlNet reads, uint8 [height, width, 3]; None without one.
+        control_scale: how strongly that acts.
     """
 
     conditioning: Mapping[Role, Tensors]
@@ -182,6 +212,9 @@ class DenoiseJob:
     noise: np.ndarray | None = None
     preview_interval_steps: int = 0
     resume: SlotState | None = None
+    variant: Variant = PLAIN
+    control_image: np.ndarray | None = None
+    control_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance
@@ -55,6 +56,7 @@ def check_guidance_scale(guidance_scale: float) -> None:
 
 def check_guidance(guidance: Guidance) -> None:
     check_guidance_scale(guidance.scale)
+    check_guidance_scale(guidance.embedded)
     # A comparison with NaN is false, so it fails here.
     if not 0 <= guidance.end_sigma <= guidance.start_sigma <= 1:
         given = f"{guidance.start_sigma:g} down to {guidance.end_sigma:g}"
@@ -96,6 +98,46 @@ def texts_for(
         raise InvalidRequestError("source_prompt", source_prompt, f"none with the sampler {sampler}", hint)
     texts = {Role.TARGET: prompt, Role.NEGATIVE: negative_prompt, Role.SOURCE: source_prompt}
     return {role: text for role, text in texts.items() if role in program.roles}
+
+
+def check_class_label(card: ModelCard, label: int) -> None:
+    if not 0 <= label < card.class_labels:
+        raise InvalidRequestError("class_labels", label, f"0 to {card.class_labels - 1}")
+
+
+def check_subjects(
+    card: ModelCard, prompts: Sequence[str], class_labels: Sequence[int], *, negative_prompt: str, most: int
+) -> None:
+    """Whether a request names what the model takes: prompts, or labels.
+
+    Args:
+        most: of either.
+    """
+    if card.class_labels and (prompts or negative_prompt or not class_labels):
+        field, given = ("negative_prompt", negative_prompt) if negative_prompt else ("prompts", f"{len(prompts)}")
+        hint = f"{card.name} takes class_labels, 0 to {card.class_labels - 1}"
+        raise InvalidRequestError(field, given, "none", hint)
+    if class_labels and not card.class_labels:
+        raise InvalidRequestError("class_labels", f"{len(class_labels)} labels", "none", f"{card.name} takes prompts")
+    for label in class_labels:
+        check_class_label(card, label)
+    field, subjects = ("class_labels", class_labels) if card.class_labels else ("prompts", prompts)
+    if not 1 <= len(subjects) <= most:
+        raise InvalidRequestError(field, f"{len(subjects)} {field.replace('_', ' ')}", f"1 to {most}")
+
+
+def check_true_cfg_scale(card: ModelCard, true_cfg_scale: float | None, negative_prompt: str) -> None:
+    """Guidance with a negative prompt, of models that are fed guidance_scale."""
+    if true_cfg_scale is None:
+        return
+    if not card.embedded_guidance:
+        hint = f"{card.name} has guidance_scale only"
+        raise InvalidRequestError("true_cfg_scale", true_cfg_scale, "leave it out", hint)
+    if not math.isfinite(true_cfg_scale) or not 0 <= true_cfg_scale <= MAX_GUIDANCE_SCALE:
+        raise InvalidRequestError("true_cfg_scale", true_cfg_scale, f"0 to {MAX_GUIDANCE_SCALE:g}")
+    if true_cfg_scale > 1 and not negative_prompt:
+        hint = "say what to steer away from"
+        raise InvalidRequestError("true_cfg_scale", true_cfg_scale, "more than 1 only with a negative_prompt", hint)
 
 
 def check_seed(seed: int) -> None:

@@ -109,7 +109,7 @@ class DecodeHandler:
             width=request.width,
             height=request.height,
             steps=request.steps,
-            guidance_scale=request.guidance.scale,
+            guidance_scale=request.guidance_scale,
             sampler=request.sampler,
             model=request.model,
             model_revision=self._stage.card.revision,
@@ -122,7 +122,7 @@ class DecodeHandler:
         return {
             "seed": request.seed,
             "steps": request.steps,
-            "guidance_scale": round(request.guidance.scale, 6),
+            "guidance_scale": round(request.guidance_scale, 6),
             "sampler": request.sampler,
             "width": request.width,
             "height": request.height,

@@ -13,7 +13,7 @@ from streamflow.flow.programs import Role
 from streamflow.flow.samplers import sampler_steps
 from streamflow.host.control import ControlServicer, StageControl
 from streamflow.host.latest import Latest, passed_on
-from streamflow.rpc.convert import guidance_from_pb
+from streamflow.rpc.convert import guidance_from_pb, true_cfg_scale
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import Service
 from streamflow.stages.denoiser import DenoiserStage
@@ -65,7 +65,7 @@ class DenoiserServicer(ControlServicer, denoiser_pb2_grpc.DenoiserServicer):
         self, request: denoiser_pb2.ChangeRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> denoiser_pb2.ChangeResponse:
         async with rpc_errors(context):
-            await self._stage.change(request.key, read_change(request))
+            await self._stage.change(request.key, read_change(request, self._stage.card))
             return denoiser_pb2.ChangeResponse()
         raise AssertionError("abort returned")
 
@@ -92,7 +92,9 @@ def read_job(request: denoiser_pb2.DenoiseRequest, card: ModelCard) -> DenoiseJo
     steps = request.steps or sampler_steps(sampler, card.default_steps)
     check_size(card, "width", width)
     check_size(card, "height", height)
-    guidance = guidance_from_pb(request.guidance_scale, request.guidance)
+    guidance = guidance_from_pb(
+        request.guidance_scale, request.guidance, card=card, true_cfg_scale=true_cfg_scale(request)
+    )
     strength = request.strength if request.HasField("strength") else 1.0
     check_sampling(
         card,
@@ -118,13 +120,14 @@ def read_job(request: denoiser_pb2.DenoiseRequest, card: ModelCard) -> DenoiseJo
     )
 
 
-def read_change(request: denoiser_pb2.ChangeRequest) -> JobChange:
+def read_change(request: denoiser_pb2.ChangeRequest, card: ModelCard) -> JobChange:
     """Raises InvalidRequestError."""
     if request.HasField("guidance") and not request.HasField("guidance_scale"):
         raise InvalidRequestError("guidance", "options alone", "together with guidance_scale")
     guidance = None
     if request.HasField("guidance_scale"):
-        guidance = guidance_from_pb(request.guidance_scale, request.guidance)
+        scale, true_scale = request.guidance_scale, true_cfg_scale(request)
+        guidance = guidance_from_pb(scale, request.guidance, card=card, true_cfg_scale=true_scale)
         check_guidance(guidance)
     return JobChange(_texts(request) or None, guidance, request.strength if request.HasField("strength") else None)
 

@@ -70,6 +70,9 @@ def models(
         "sampler": [model.default_sampler for model in found],
         "samplers": [", ".join(model.samplers) for model in found],
         "decoders": [", ".join(model.decoders) for model in found],
+        "takes": [f"labels 0 to {m.class_labels - 1}" if m.class_labels else "prompts" for m in found],
+        "adapters": [", ".join(model.adapters) for model in found],
+        "controls": [", ".join(model.controls) for model in found],
     }
     # A column for each model: a row for each would be too long for most terminals.
     print_out(table("model", *(m.name for m in found), rows=[(name, *values) for name, values in about.items()]))

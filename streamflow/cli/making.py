@@ -39,6 +39,20 @@ GuidanceInterval = Annotated[
     typer.Option(metavar="START:END", help="Sigmas between which guidance acts, such as 0.9:0.2; 1 = noise."),
 ]
 GuidanceMode = Annotated[str | None, typer.Option(help="full; or, experimental, self-negative or onetime-negative.")]
+TrueCfgScale = Annotated[
+    float | None,
+    typer.Option(help="Guidance with the negative prompt, for models that are fed --guidance-scale (FLUX)."),
+]
+ClassLabels = Annotated[
+    list[int] | None, typer.Option("--class-label", min=0, help="In place of prompts, where a model takes labels.")
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="NAME[=WEIGHT]", help="A LoRA adapter; may be given several times."),
+]
+Control = Annotated[str | None, typer.Option(help="A ControlNet; `streamflow models` lists them.")]
+ControlImage = Annotated[Path | None, typer.Option(help="What the ControlNet reads, such as edges.")]
+ControlScale = Annotated[float | None, typer.Option(help="How strongly the ControlNet acts; 1 unless given.")]
 Seed = Annotated[int | None, typer.Option(help="Of the first image; the next ones count up.")]
 NumImages = Annotated[int, typer.Option("--num-images", "-n", min=1, help="Images for each prompt.")]
 Pixels = Annotated[int | None, typer.Option(min=1, help="Pixels.")]
@@ -90,6 +104,21 @@ def interval_of(given: str | None) -> tuple[float, float] | None:
         raise typer.BadParameter(message, param_hint="--guidance-interval") from None
 
 
+def adapters_of(given: list[str] | None) -> dict[str, float]:
+    """Reads NAME or NAME=WEIGHT, each."""
+    found: dict[str, float] = {}
+    for text in given or ():
+        name, equals, weight = text.partition("=")
+        try:
+            if name in found:
+                raise ValueError(f"{name} is given twice")
+            found[name] = float(weight) if equals else 1.0
+        except ValueError:
+            message = f"got {text!r}; NAME or NAME=WEIGHT, each name once, such as sketch=0.8"
+            raise typer.BadParameter(message, param_hint="--adapter") from None
+    return found
+
+
 def make(
     connect: Callable[[], Client],
     prompts: list[str],
@@ -103,7 +132,8 @@ def make(
     from streamflow.cli.progress import show_progress
     from streamflow.client.result import write_files
 
-    paths = choose_names(output, options, count=len(prompts) * options["num_images"], overwrite=overwrite)
+    subjects = len(prompts) or len(options.get("class_labels", ()))
+    paths = choose_names(output, options, count=subjects * options["num_images"], overwrite=overwrite)
     with connect() as client, show_progress(paths) as on_event, _cancelled_when_left(client, options):
         result = client.generate(prompts, on_event=on_event, **options)
     write_files(result.files, paths)

@@ -64,7 +64,7 @@ class AsyncClient(BaseClient):
 
     async def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = (),
         *,
         timeout_s: float | None = None,
         on_event: Callable[[Event], None] | None = None,
@@ -94,7 +94,7 @@ class AsyncClient(BaseClient):
         return builder.result(session.request_id)
 
     def stream(
-        self, prompt: str | Sequence[str], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: str | Sequence[str] = (), *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerator[Event]:
         """The same, event by event; the request is sent when the first event is awaited.
 
@@ -105,7 +105,7 @@ class AsyncClient(BaseClient):
         return self._follow(self._session(prompt, options, timeout_s))
 
     async def submit(
-        self, prompt: str | Sequence[str], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: str | Sequence[str] = (), *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Job:
         """Sends a request that goes on without its client; `watch` fetches the pictures."""
         request = build_request(prompt, detach=True, **options)

@@ -67,7 +67,10 @@ class GenerateOptions(TypedDict, total=False):
         priority: "low", "normal" or "high".
         model: a name from `models()`.
         class_labels: for class-conditional models, in place of prompts.
-        true_cfg_scale: guidance with a negative prompt for models with a distilled guidance_scale.
+        true_cfg_scale: guidance with the negative prompt, for models that are fed guidance_scale (FLUX).
+        adapters: names of LoRA adapters, or a mapping from names to weights; `models()` tells the names.
+        control: the name of a ControlNet, with `control_image`, the picture that it reads, and `control_scale`, how
+            strongly it acts (1 unless given).
         request_id: 1 to 64 of A-Z a-z 0-9 . _ -; sending the same request with the same id again attaches to the
             job instead of starting another. Such a job is shared: leaving it early does not cancel it, `cancel` does,
             and it ends some seconds after the last client has left. Left out, the client makes an id of its own.
@@ -99,6 +102,10 @@ class GenerateOptions(TypedDict, total=False):
     model: str | None
     class_labels: Sequence[int]
     true_cfg_scale: float | None
+    adapters: Mapping[str, float] | Sequence[str]
+    control: str | None
+    control_image: Picture | None
+    control_scale: float | None
     request_id: str | None
 
 
@@ -117,6 +124,10 @@ def build_request(
     guidance_interval: tuple[float, float] | None = None,
     guidance_mode: str | None = None,
     residual_strength: float | None = None,
+    adapters: Mapping[str, float] | Sequence[str] = (),
+    control: str | None = None,
+    control_image: Picture | None = None,
+    control_scale: float | None = None,
     detach: bool = False,
     **plain: Any,
 ) -> types_pb2.GenerateRequest:
@@ -154,12 +165,27 @@ def build_request(
     _set(request.guidance, "residual_strength", residual_strength)
     request.init_image = b"" if image is None else as_file("image", image)
     request.mask_image = b"" if mask is None else as_file("mask", mask)
+    for name, weight in _weights(adapters).items():
+        adapter = request.adapters.add()
+        _set(adapter, "name", name)
+        _set(adapter, "weight", weight)
+    if control is not None or control_image is not None or control_scale is not None:
+        _set(request.control, "name", control)
+        request.control.image = b"" if control_image is None else as_file("control_image", control_image)
+        _set(request.control, "scale", control_scale)
     _set(request.output, "format", format_to_pb(image_format(format)))
     _set(request.output, "quality", quality)
     _set(request.output, "embed_metadata", embed_metadata)
     if decoder is not None:
         request.output.decoder = decoder_to_pb(_choice("decoder", DecoderKind, decoder))
     return request
+
+
+def _weights(adapters: Mapping[str, float] | Sequence[str]) -> Mapping[str, float | None]:
+    """By name; None = the server's default."""
+    if isinstance(adapters, Mapping):
+        return adapters
+    return dict.fromkeys([adapters] if isinstance(adapters, str) else adapters)
 
 
 def budget_s(request: types_pb2.GenerateRequest) -> float:

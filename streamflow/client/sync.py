@@ -59,7 +59,7 @@ class Client(BaseClient):
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] = (),
         *,
         timeout_s: float | None = None,
         on_event: Callable[[Event], None] | None = None,
@@ -89,7 +89,7 @@ class Client(BaseClient):
         return builder.result(session.request_id)
 
     def stream(
-        self, prompt: str | Sequence[str], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: str | Sequence[str] = (), *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Generator[Event]:
         """The same, event by event; the request is sent with the first `next()`.
 
@@ -99,7 +99,7 @@ class Client(BaseClient):
         return self._follow(self._session(prompt, options, timeout_s))
 
     def submit(
-        self, prompt: str | Sequence[str], *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
+        self, prompt: str | Sequence[str] = (), *, timeout_s: float | None = None, **options: Unpack[GenerateOptions]
     ) -> Job:
         """Sends a request that goes on without its client; `watch` fetches the pictures."""
         request = build_request(prompt, detach=True, **options)

@@ -83,7 +83,13 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a model offers, and the values that unset fields take. Sizes are pixels."""
+    """What a model offers, and the values that unset fields take. Sizes are pixels.
+
+    Attributes:
+        class_labels: how many there are, for a model that takes them in place of prompts; 0 = it takes prompts.
+        embedded_guidance: guidance_scale is fed to the network; guidance with a negative prompt is true_cfg_scale.
+        adapters, controls: names of LoRA adapters and ControlNets that requests may use.
+    """
 
     name: str
     revision: str
@@ -100,6 +106,10 @@ class Model:
     samplers: tuple[str, ...]
     decoders: tuple[DecoderKind, ...]
     max_prompt_tokens: int
+    class_labels: int
+    embedded_guidance: bool
+    adapters: tuple[str, ...]
+    controls: tuple[str, ...]
 
     @classmethod
     def from_pb(cls, model: gateway_pb2.Model) -> Model:
@@ -119,6 +129,10 @@ class Model:
             samplers=tuple(model.samplers),
             decoders=tuple(decoder_from_pb(kind) for kind in model.decoders),
             max_prompt_tokens=model.max_prompt_tokens,
+            class_labels=model.class_labels,
+            embedded_guidance=model.embedded_guidance,
+            adapters=tuple(model.adapters),
+            controls=tuple(model.controls),
         )
 
 

@@ -71,7 +71,11 @@ def load_text_encoder(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPa
         hidden, pooled = text.split(outputs[1], second["hidden_size"], second["projection_dim"])
         return {"prompt_embeds": torch.cat([outputs[0], hidden], dim=-1), "pooled_prompt_embeds": pooled}
 
-    return text.open_towers(towers(checkpoint, card), checkpoint, card.weights_revision, open_part, combine)
+    # Where no negative prompt is given; so were the base models trained.
+    zero = bool(checkpoint.index.get("force_zeros_for_empty_prompt", True))
+    return text.open_towers(
+        towers(checkpoint, card), checkpoint, card.weights_revision, open_part, combine, empty_is_zero=zero
+    )
 
 
 def networks(checkpoint: Checkpoint, card: ModelCard) -> Mapping[str, Part]:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from streamflow.errors import InvalidRequestError
 from streamflow.families.checkpoint import Checkpoint, read_json
 from streamflow.families.libraries import Weights, from_transformers, refused
@@ -100,10 +102,11 @@ class PromptEncoder:
     Args:
         towers: one or more.
         combine: their outputs to the conditioning.
+        empty_is_zero: an empty prompt becomes zeros.
     """
 
-    def __init__(self, towers: Sequence[Tower], combine: Combine) -> None:
-        self._towers, self._combine = towers, combine
+    def __init__(self, towers: Sequence[Tower], combine: Combine, *, empty_is_zero: bool = False) -> None:
+        self._towers, self._combine, self._empty_is_zero = towers, combine, empty_is_zero
         self._longest = max(towers, key=lambda tower: tower.spec.tokens)
         self.backend = ", ".join(dict.fromkeys(tower.runner.name for tower in towers))
         self.max_tokens = self._longest.spec.tokens
@@ -111,7 +114,8 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[str]) -> list[Tensors]:
         combined = self._combine([tower(prompts) for tower in self._towers])
         rows = {name: values.numpy() for name, values in combined.items()}
-        return [{name: values[k] for name, values in rows.items()} for k in range(len(prompts))]
+        kept = [1.0 if prompt or not self._empty_is_zero else 0.0 for prompt in prompts]
+        return [{name: values[k] * np.float32(kept[k]) for name, values in rows.items()} for k in range(len(prompts))]
 
     def truncated(self, prompt: str) -> str:
         """What no tower reads."""
@@ -119,9 +123,17 @@ class PromptEncoder:
 
 
 def open_towers(
-    specs: Sequence[TowerSpec], checkpoint: Checkpoint, revision: str, open_part: OpenPart, combine: Combine
+    specs: Sequence[TowerSpec],
+    checkpoint: Checkpoint,
+    revision: str,
+    open_part: OpenPart,
+    combine: Combine,
+    *,
+    empty_is_zero: bool = False,
 ) -> PromptEncoder:
-    return PromptEncoder([Tower.open(spec, checkpoint, revision, open_part) for spec in specs], combine)
+    """Args: see PromptEncoder."""
+    towers = [Tower.open(spec, checkpoint, revision, open_part) for spec in specs]
+    return PromptEncoder(towers, combine, empty_is_zero=empty_is_zero)
 
 
 def clip_tokens(checkpoint: Checkpoint, tokenizer: str = "tokenizer") -> int:

@@ -33,6 +33,9 @@ def default_size(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def with_refiner(checkpoint: Checkpoint, flow: FlowSpec) -> FlowSpec:
+    """The flow with the checkpoint's refiner, where both are there and go together: no window has use for one."""
+    if flow.windows is not None:
+        return flow
     return replace(flow, refiner=refiner(checkpoint, UNET_REFINER, checkpoint.config(UNET)["in_channels"]))
 
 

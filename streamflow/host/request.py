@@ -13,10 +13,10 @@ from google.protobuf.message import DecodeError
 from streamflow.errors import GenerationError, InvalidRequestError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Program, Role
-from streamflow.rpc.convert import guidance_from_pb, output_from_pb
+from streamflow.rpc.convert import guidance_from_pb, output_from_pb, texts_from_pb, true_cfg_scale
 from streamflow.types import ModelCard, OutputSpec
 from streamflow.v1 import types_pb2
-from streamflow.validation import check_sampling, check_size, texts_for
+from streamflow.validation import check_class_label, check_sampling, check_size, texts_for
 
 DEFAULT_STRENGTH = 0.8
 
@@ -27,7 +27,8 @@ class ImageRequest:
 
     Attributes:
         index: of the image in the request; it decides prompt and seed.
-        texts: those that the program needs.
+        texts: those that the program needs; a label is a number as text.
+        guidance_scale: as it was asked for, whatever becomes of it in `guidance`.
         seed: of this image.
         init_image_blob, mask_blob: SHA-256 of PNGs of width x height; "" where there is none.
     """
@@ -37,6 +38,7 @@ class ImageRequest:
     seed: int
     steps: int
     guidance: Guidance
+    guidance_scale: float
     sampler: str
     program: Program
     width: int
@@ -66,13 +68,17 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
     if spec.model_revision != card.revision:
         raise InvalidRequestError("model_revision", spec.model_revision, f"{card.revision}, which this replica runs")
     per_prompt = request.num_images or 1
-    if not 0 <= index < len(request.prompts) * per_prompt:
-        raise InvalidRequestError("index", index, f"less than {len(request.prompts) * per_prompt}")
+    subjects = texts_from_pb(request)
+    if not 0 <= index < len(subjects) * per_prompt:
+        raise InvalidRequestError("index", index, f"less than {len(subjects) * per_prompt}")
+    for label in request.class_labels:
+        check_class_label(card, label)
     check_size(card, "width", request.width)
     check_size(card, "height", request.height)
     if spec.mask_blob and not spec.init_image_blob:
         raise InvalidRequestError("mask_blob", spec.mask_blob, "only together with init_image_blob")
-    guidance = guidance_from_pb(request.guidance_scale, request.guidance)
+    scale, true_scale = request.guidance_scale, true_cfg_scale(request)
+    guidance = guidance_from_pb(scale, request.guidance, card=card, true_cfg_scale=true_scale)
     strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
     program = check_sampling(
         card,
@@ -84,7 +90,7 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
     )
     texts = texts_for(
         program,
-        prompt=request.prompts[index // per_prompt],
+        prompt=subjects[index // per_prompt],
         negative_prompt=request.negative_prompt,
         source_prompt=request.source_prompt,
         sampler=request.sampler,
@@ -95,6 +101,7 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
         seed=(request.seed + index) % 2**64,
         steps=request.steps,
         guidance=guidance,
+        guidance_scale=scale,
         sampler=request.sampler,
         program=program,
         width=request.width,

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance, GuidanceMode
-from streamflow.types import DecoderKind, Failure, ImageFormat, JobState, ModelCard, OutputSpec, WorkerInfo
+from streamflow.types import (
+    AdapterUse,
+    DecoderKind,
+    Failure,
+    ImageFormat,
+    JobState,
+    ModelCard,
+    OutputSpec,
+    Variant,
+    WorkerInfo,
+)
 from streamflow.v1 import gateway_pb2, types_pb2
+
+if TYPE_CHECKING:
+    from streamflow.v1 import denoiser_pb2
 
 DEFAULT_QUALITY = 90
 
@@ -105,8 +118,18 @@ def guidance_mode_to_pb(mode: GuidanceMode) -> types_pb2.GuidanceMode:
     return _MODES[mode]
 
 
-def guidance_from_pb(scale: float, options: types_pb2.GuidanceOptions) -> Guidance:
+def guidance_from_pb(
+    scale: float,
+    options: types_pb2.GuidanceOptions,
+    *,
+    card: ModelCard,
+    true_cfg_scale: float | None = None,
+) -> Guidance:
     """Fills in defaults.
+
+    Args:
+        scale: the request's guidance_scale: of the guidance, or for the network where the model is fed it.
+        true_cfg_scale: of the guidance of a model that is fed the other one; None = none.
 
     Raises:
         InvalidRequestError: a mode that does not exist.
@@ -114,7 +137,8 @@ def guidance_from_pb(scale: float, options: types_pb2.GuidanceOptions) -> Guidan
     if options.mode not in types_pb2.GuidanceMode.values():
         raise InvalidRequestError("guidance.mode", options.mode, "one of " + ", ".join(types_pb2.GuidanceMode.keys()))
     return Guidance(
-        scale=scale,
+        scale=(true_cfg_scale or 1.0) if card.embedded_guidance else scale,
+        embedded=scale if card.embedded_guidance else 0.0,
         start_sigma=options.start_sigma if options.HasField("start_sigma") else 1.0,
         end_sigma=options.end_sigma,
         mode=_known(options.mode, _MODES_BACK, GuidanceMode.FULL, "guidance mode"),
@@ -168,7 +192,36 @@ def card_to_pb(card: ModelCard) -> gateway_pb2.Model:
         samplers=card.samplers,
         decoders=[decoder_to_pb(kind) for kind in card.decoders],
         max_prompt_tokens=card.max_prompt_tokens,
+        class_labels=card.class_labels,
+        embedded_guidance=card.embedded_guidance,
+        adapters=card.adapters,
+        controls=card.controls,
     )
+
+
+def true_cfg_scale(
+    request: types_pb2.GenerateRequest | denoiser_pb2.DenoiseRequest | denoiser_pb2.ChangeRequest,
+) -> float | None:
+    return request.true_cfg_scale if request.HasField("true_cfg_scale") else None
+
+
+def texts_from_pb(request: types_pb2.GenerateRequest) -> list[str]:
+    """What each of its num_images pictures shows: the prompts, or the labels as numbers."""
+    return [*request.prompts] or [str(label) for label in request.class_labels]
+
+
+def adapters_from_pb(adapters: Iterable[types_pb2.Adapter]) -> tuple[AdapterUse, ...]:
+    """In the order of their names; those of weight 0 change nothing and are left out."""
+    uses = [AdapterUse(one.name, one.weight if one.HasField("weight") else 1.0) for one in adapters]
+    return tuple(sorted(use for use in uses if use.weight))
+
+
+def variant_from_pb(request: types_pb2.GenerateRequest | denoiser_pb2.DenoiseRequest) -> Variant:
+    return Variant(adapters_from_pb(request.adapters), request.control.name)
+
+
+def control_scale_from_pb(control: types_pb2.Control) -> float:
+    return control.scale if control.HasField("scale") else 1.0
 
 
 def progress_event(index: int, *, step: int, steps: int) -> bytes:

@@ -26,7 +26,7 @@ from streamflow.v1 import encoder_pb2 as streamflow_dot_v1_dot_encoder__pb2
 from streamflow.v1 import types_pb2 as streamflow_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstreamflow/v1/denoiser.proto\x12\rstreamflow.v1\x1a\x1bstreamflow/v1/encoder.proto\x1a\x19streamflow/v1/types.proto\"\x99\x04\n\x0e\x44\x65noiseRequest\x12\x31\n\x0c\x63onditioning\x18\x01 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12:\n\x15negative_conditioning\x18\x02 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\x0f\n\x07sampler\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05width\x18\x07 \x01(\r\x12\x0e\n\x06height\x18\x08 \x01(\r\x12+\n\x0cinit_latents\x18\t \x01(\x0b\x32\x15.streamflow.v1.Tensor\x12\x15\n\x08strength\x18\n \x01(\x02H\x00\x88\x01\x01\x12#\n\x04mask\x18\x0b \x01(\x0b\x32\x15.streamflow.v1.Tensor\x12$\n\x05noise\x18\x0c \x01(\x0b\x32\x15.streamflow.v1.Tensor\x12\x38\n\x13source_conditioning\x18\r \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\x30\n\x08guidance\x18\x0e \x01(\x0b\x32\x1e.streamflow.v1.GuidanceOptions\x12\x0b\n\x03key\x18\x0f \x01(\t\x12\x1e\n\x16preview_interval_steps\x18\x10 \x01(\rB\x0b\n\t_strength\"\xcb\x02\n\rChangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x0c\x63onditioning\x18\x02 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12:\n\x15negative_conditioning\x18\x03 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\x38\n\x13source_conditioning\x18\x04 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\x1b\n\x0eguidance_scale\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x30\n\x08guidance\x18\x06 \x01(\x0b\x32\x1e.streamflow.v1.GuidanceOptions\x12\x15\n\x08strength\x18\x07 \x01(\x02H\x01\x88\x01\x01\x42\x11\n\x0f_guidance_scaleB\x0b\n\t_strength\"\x10\n\x0e\x43hangeResponse\"\xa7\x01\n\x0c\x44\x65noiseEvent\x12\x32\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.streamflow.v1.DenoiseProgressH\x00\x12(\n\x07latents\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.TensorH\x00\x12\x30\n\x07preview\x18\x03 \x01(\x0b\x32\x1d.streamflow.v1.DenoisePreviewH\x00\x42\x07\n\x05\x65vent\".\n\x0f\x44\x65noiseProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\"F\n\x0e\x44\x65noisePreview\x12\x0c\n\x04step\x18\x01 \x01(\r\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.Tensor2\xa2\x02\n\x08\x44\x65noiser\x12G\n\x07\x44\x65noise\x12\x1d.streamflow.v1.DenoiseRequest\x1a\x1b.streamflow.v1.DenoiseEvent0\x01\x12\x45\n\x06\x43hange\x12\x1c.streamflow.v1.ChangeRequest\x1a\x1d.streamflow.v1.ChangeResponse\x12\x42\n\x06Status\x12\x1c.streamflow.v1.StatusRequest\x1a\x1a.streamflow.v1.StageStatus\x12\x42\n\x05\x44rain\x12\x1b.streamflow.v1.DrainRequest\x1a\x1c.streamflow.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstreamflow/v1/denoiser.proto\x12\rstreamflow.v1\x1a\x1bstreamflow/v1/encoder.proto\x1a\x19streamflow/v1/types.proto\"\xca\x05\n\x0e\x44\x65noiseRequest\x12\x31\n\x0c\x63onditioning\x18\x01 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12:\n\x15negative_conditioning\x18\x02 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x16\n\x0eguidance_scale\x18\x04 \x01(\x02\x12\x0f\n\x07sampler\x18\x05 \x01(\t\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12\r\n\x05width\x18\x07 \x01(\r\x12\x0e\n\x06height\x18\x08 \x01(\r\x12+\n\x0cinit_latents\x18\t \x01(\x0b\x32\x15.streamflow.v1.Tensor\x12\x15\n\x08strength\x18\n \x01(\x02H\x00\x88\x01\x01\x12#\n\x04mask\x18\x0b \x01(\x0b\x32\x15.streamflow.v1.Tensor\x12$\n\x05noise\x18\x0c \x01(\x0b\x32\x15.streamflow.v1.Tensor\x12\x38\n\x13source_conditioning\x18\r \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\x30\n\x08guidance\x18\x0e \x01(\x0b\x32\x1e.streamflow.v1.GuidanceOptions\x12\x0b\n\x03key\x18\x0f \x01(\t\x12\x1e\n\x16preview_interval_steps\x18\x10 \x01(\r\x12\x1b\n\x0etrue_cfg_scale\x18\x11 \x01(\x02H\x01\x88\x01\x01\x12(\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x16.streamflow.v1.Adapter\x12\'\n\x07\x63ontrol\x18\x13 \x01(\x0b\x32\x16.streamflow.v1.Control\x12,\n\rcontrol_image\x18\x14 \x01(\x0b\x32\x15.streamflow.v1.TensorB\x0b\n\t_strengthB\x11\n\x0f_true_cfg_scale\"\xfb\x02\n\rChangeRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x31\n\x0c\x63onditioning\x18\x02 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12:\n\x15negative_conditioning\x18\x03 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\x38\n\x13source_conditioning\x18\x04 \x01(\x0b\x32\x1b.streamflow.v1.Conditioning\x12\x1b\n\x0eguidance_scale\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x30\n\x08guidance\x18\x06 \x01(\x0b\x32\x1e.streamflow.v1.GuidanceOptions\x12\x15\n\x08strength\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x1b\n\x0etrue_cfg_scale\x18\x08 \x01(\x02H\x02\x88\x01\x01\x42\x11\n\x0f_guidance_scaleB\x0b\n\t_strengthB\x11\n\x0f_true_cfg_scale\"\x10\n\x0e\x43hangeResponse\"\xa7\x01\n\x0c\x44\x65noiseEvent\x12\x32\n\x08progress\x18\x01 \x01(\x0b\x32\x1e.streamflow.v1.DenoiseProgressH\x00\x12(\n\x07latents\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.TensorH\x00\x12\x30\n\x07preview\x18\x03 \x01(\x0b\x32\x1d.streamflow.v1.DenoisePreviewH\x00\x42\x07\n\x05\x65vent\".\n\x0f\x44\x65noiseProgress\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\"F\n\x0e\x44\x65noisePreview\x12\x0c\n\x04step\x18\x01 \x01(\r\x12&\n\x07latents\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.Tensor2\xa2\x02\n\x08\x44\x65noiser\x12G\n\x07\x44\x65noise\x12\x1d.streamflow.v1.DenoiseRequest\x1a\x1b.streamflow.v1.DenoiseEvent0\x01\x12\x45\n\x06\x43hange\x12\x1c.streamflow.v1.ChangeRequest\x1a\x1d.streamflow.v1.ChangeResponse\x12\x42\n\x06Status\x12\x1c.streamflow.v1.StatusRequest\x1a\x1a.streamflow.v1.StageStatus\x12\x42\n\x05\x44rain\x12\x1b.streamflow.v1.DrainRequest\x1a\x1c.streamflow.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,17 +34,17 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'streamflow.v1.denoiser_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DENOISEREQUEST']._serialized_start=104
-  _globals['_DENOISEREQUEST']._serialized_end=641
-  _globals['_CHANGEREQUEST']._serialized_start=644
-  _globals['_CHANGEREQUEST']._serialized_end=975
-  _globals['_CHANGERESPONSE']._serialized_start=977
-  _globals['_CHANGERESPONSE']._serialized_end=993
-  _globals['_DENOISEEVENT']._serialized_start=996
-  _globals['_DENOISEEVENT']._serialized_end=1163
-  _globals['_DENOISEPROGRESS']._serialized_start=1165
-  _globals['_DENOISEPROGRESS']._serialized_end=1211
-  _globals['_DENOISEPREVIEW']._serialized_start=1213
-  _globals['_DENOISEPREVIEW']._serialized_end=1283
-  _globals['_DENOISER']._serialized_start=1286
-  _globals['_DENOISER']._serialized_end=1576
+  _globals['_DENOISEREQUEST']._serialized_end=818
+  _globals['_CHANGEREQUEST']._serialized_start=821
+  _globals['_CHANGEREQUEST']._serialized_end=1200
+  _globals['_CHANGERESPONSE']._serialized_start=1202
+  _globals['_CHANGERESPONSE']._serialized_end=1218
+  _globals['_DENOISEEVENT']._serialized_start=1221
+  _globals['_DENOISEEVENT']._serialized_end=1388
+  _globals['_DENOISEPROGRESS']._serialized_start=1390
+  _globals['_DENOISEPROGRESS']._serialized_end=1436
+  _globals['_DENOISEPREVIEW']._serialized_start=1438
+  _globals['_DENOISEPREVIEW']._serialized_end=1508
+  _globals['_DENOISER']._serialized_start=1511
+  _globals['_DENOISER']._serialized_end=1801
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from streamflow.v1 import types_pb2 as streamflow_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamflow/v1/encoder.proto\x12\rstreamflow.v1\x1a\x19streamflow/v1/types.proto\"S\n\rEncodeRequest\x12\x0f\n\x07prompts\x18\x01 \x03(\t\x12\x12\n\ninit_image\x18\x02 \x01(\x0c\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\"q\n\x0e\x45ncodeResponse\x12\x32\n\rconditionings\x18\x01 \x03(\x0b\x32\x1b.streamflow.v1.Conditioning\x12+\n\x0cinit_latents\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.Tensor\"\xa3\x01\n\x0c\x43onditioning\x12\x39\n\x07tensors\x18\x01 \x03(\x0b\x32(.streamflow.v1.Conditioning.TensorsEntry\x12\x11\n\ttruncated\x18\x02 \x01(\t\x1a\x45\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.Tensor:\x02\x38\x01\x32\xdc\x01\n\x0bTextEncoder\x12\x45\n\x06\x45ncode\x12\x1c.streamflow.v1.EncodeRequest\x1a\x1d.streamflow.v1.EncodeResponse\x12\x42\n\x06Status\x12\x1c.streamflow.v1.StatusRequest\x1a\x1a.streamflow.v1.StageStatus\x12\x42\n\x05\x44rain\x12\x1b.streamflow.v1.DrainRequest\x1a\x1c.streamflow.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bstreamflow/v1/encoder.proto\x12\rstreamflow.v1\x1a\x19streamflow/v1/types.proto\"}\n\rEncodeRequest\x12\x0f\n\x07prompts\x18\x01 \x03(\t\x12\x12\n\ninit_image\x18\x02 \x01(\x0c\x12\r\n\x05width\x18\x03 \x01(\r\x12\x0e\n\x06height\x18\x04 \x01(\r\x12(\n\x08\x61\x64\x61pters\x18\x05 \x03(\x0b\x32\x16.streamflow.v1.Adapter\"q\n\x0e\x45ncodeResponse\x12\x32\n\rconditionings\x18\x01 \x03(\x0b\x32\x1b.streamflow.v1.Conditioning\x12+\n\x0cinit_latents\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.Tensor\"\xa3\x01\n\x0c\x43onditioning\x12\x39\n\x07tensors\x18\x01 \x03(\x0b\x32(.streamflow.v1.Conditioning.TensorsEntry\x12\x11\n\ttruncated\x18\x02 \x01(\t\x1a\x45\n\x0cTensorsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12$\n\x05value\x18\x02 \x01(\x0b\x32\x15.streamflow.v1.Tensor:\x02\x38\x01\x32\xdc\x01\n\x0bTextEncoder\x12\x45\n\x06\x45ncode\x12\x1c.streamflow.v1.EncodeRequest\x1a\x1d.streamflow.v1.EncodeResponse\x12\x42\n\x06Status\x12\x1c.streamflow.v1.StatusRequest\x1a\x1a.streamflow.v1.StageStatus\x12\x42\n\x05\x44rain\x12\x1b.streamflow.v1.DrainRequest\x1a\x1c.streamflow.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONDITIONING_TENSORSENTRY']._loaded_options = None
   _globals['_CONDITIONING_TENSORSENTRY']._serialized_options = b'8\001'
   _globals['_ENCODEREQUEST']._serialized_start=73
-  _globals['_ENCODEREQUEST']._serialized_end=156
-  _globals['_ENCODERESPONSE']._serialized_start=158
-  _globals['_ENCODERESPONSE']._serialized_end=271
-  _globals['_CONDITIONING']._serialized_start=274
-  _globals['_CONDITIONING']._serialized_end=437
-  _globals['_CONDITIONING_TENSORSENTRY']._serialized_start=368
-  _globals['_CONDITIONING_TENSORSENTRY']._serialized_end=437
-  _globals['_TEXTENCODER']._serialized_start=440
-  _globals['_TEXTENCODER']._serialized_end=660
+  _globals['_ENCODEREQUEST']._serialized_end=198
+  _globals['_ENCODERESPONSE']._serialized_start=200
+  _globals['_ENCODERESPONSE']._serialized_end=313
+  _globals['_CONDITIONING']._serialized_start=316
+  _globals['_CONDITIONING']._serialized_end=479
+  _globals['_CONDITIONING_TENSORSENTRY']._serialized_start=410
+  _globals['_CONDITIONING_TENSORSENTRY']._serialized_end=479
+  _globals['_TEXTENCODER']._serialized_start=482
+  _globals['_TEXTENCODER']._serialized_end=702
 # @@protoc_insertion_point(module_scope)

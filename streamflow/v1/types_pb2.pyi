@@ -92,8 +92,26 @@ class OutputOptions(_message.Message):
     embed_metadata: bool
     def __init__(self, format: _Optional[_Union[ImageFormat, str]] = ..., quality: _Optional[int] = ..., decoder: _Optional[_Union[DecoderKind, str]] = ..., embed_metadata: bool = ...) -> None: ...
 
+class Adapter(_message.Message):
+    __slots__ = ("name", "weight")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    weight: float
+    def __init__(self, name: _Optional[str] = ..., weight: _Optional[float] = ...) -> None: ...
+
+class Control(_message.Message):
+    __slots__ = ("name", "image", "scale")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    image: bytes
+    scale: float
+    def __init__(self, name: _Optional[str] = ..., image: _Optional[bytes] = ..., scale: _Optional[float] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach", "source_prompt", "guidance", "time_budget_s", "min_steps")
+    __slots__ = ("request_id", "model", "prompts", "negative_prompt", "steps", "guidance_scale", "sampler", "seed", "num_images", "class_labels", "true_cfg_scale", "width", "height", "init_image", "strength", "mask_image", "output", "preview_interval_steps", "priority", "detach", "source_prompt", "guidance", "time_budget_s", "min_steps", "adapters", "control")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
@@ -118,6 +136,8 @@ class GenerateRequest(_message.Message):
     GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     TIME_BUDGET_S_FIELD_NUMBER: _ClassVar[int]
     MIN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     prompts: _containers.RepeatedScalarFieldContainer[str]
@@ -142,7 +162,9 @@ class GenerateRequest(_message.Message):
     guidance: GuidanceOptions
     time_budget_s: float
     min_steps: int
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ..., source_prompt: _Optional[str] = ..., guidance: _Optional[_Union[GuidanceOptions, _Mapping]] = ..., time_budget_s: _Optional[float] = ..., min_steps: _Optional[int] = ...) -> None: ...
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    control: Control
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., prompts: _Optional[_Iterable[str]] = ..., negative_prompt: _Optional[str] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., seed: _Optional[int] = ..., num_images: _Optional[int] = ..., class_labels: _Optional[_Iterable[int]] = ..., true_cfg_scale: _Optional[float] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., init_image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask_image: _Optional[bytes] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., preview_interval_steps: _Optional[int] = ..., priority: _Optional[_Union[Priority, str]] = ..., detach: bool = ..., source_prompt: _Optional[str] = ..., guidance: _Optional[_Union[GuidanceOptions, _Mapping]] = ..., time_budget_s: _Optional[float] = ..., min_steps: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., control: _Optional[_Union[Control, _Mapping]] = ...) -> None: ...
 
 class Failure(_message.Message):
     __slots__ = ("code", "message", "stage")
@@ -203,18 +225,20 @@ class StoredImage(_message.Message):
     def __init__(self, info: _Optional[_Union[ImageInfo, _Mapping]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class JobSpec(_message.Message):
-    __slots__ = ("request", "model_revision", "tenant", "init_image_blob", "mask_blob")
+    __slots__ = ("request", "model_revision", "tenant", "init_image_blob", "mask_blob", "control_blob")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     MODEL_REVISION_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     INIT_IMAGE_BLOB_FIELD_NUMBER: _ClassVar[int]
     MASK_BLOB_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_BLOB_FIELD_NUMBER: _ClassVar[int]
     request: GenerateRequest
     model_revision: str
     tenant: str
     init_image_blob: str
     mask_blob: str
-    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., model_revision: _Optional[str] = ..., tenant: _Optional[str] = ..., init_image_blob: _Optional[str] = ..., mask_blob: _Optional[str] = ...) -> None: ...
+    control_blob: str
+    def __init__(self, request: _Optional[_Union[GenerateRequest, _Mapping]] = ..., model_revision: _Optional[str] = ..., tenant: _Optional[str] = ..., init_image_blob: _Optional[str] = ..., mask_blob: _Optional[str] = ..., control_blob: _Optional[str] = ...) -> None: ...
 
 class Tensor(_message.Message):
     __slots__ = ("dtype", "shape", "data", "crc32")

@@ -334,7 +334,7 @@ def test_engine_exports_what_is_asked_for_and_lists_what_is_there(
     assert run("engine", "list", *where).output.count("no graph in") == 5
     refused = run("engine", "export", *where, "--part", "tiny")
     assert refused.exit_code == 2
-    assert refused.stderr.startswith("streamflow: part: got 'tiny'; allowed: text_encoder, unet")
+    assert refused.stderr.startswith("streamflow: part: got 'tiny'; allowed: text_encoder, vae_encoder, unet")
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,15 @@ def test_sdxl(tmp_path: Path) -> None:
     check(checkpoint, cases([Guidance(1.0), Guidance(2.0)], steps=(4, 5, 28)), reference)
 
 
+def test_sdxl_without_a_negative_prompt_is_guided_away_from_zeros(tmp_path: Path) -> None:
+    folder = save_sdxl_checkpoint(tmp_path / "sdxl")
+    checkpoint = Checkpoint(folder, flow="perflow")
+    (case,) = cases([Guidance(2.0)], steps=[4], sizes=[(64, 64)])
+    expected = load_sdxl(folder, PeRFlow(prediction="ddim_eps"))(PROMPT, guidance_scale=2.0, **case.call).images[0]
+    stage = DenoiserStage.load(checkpoint, device="cpu", slots=1)
+    assert relative(stage.run([case.job(encoded(checkpoint, PROMPT, ""), "perflow")])[0], expected.numpy()) < 1e-4
+
+
 @pytest.mark.parametrize("t5", [True, False])
 def test_sd3(tmp_path: Path, t5: bool) -> None:
     folder = save_sd3_checkpoint(tmp_path / "sd3", t5=t5)

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import struct
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -35,11 +36,14 @@ CONFIGS = {
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """What the gateway reads of a checkpoint: its configs."""
+    """What the gateway reads of a checkpoint: its configs, and that weights are there."""
     for name, config in CONFIGS.items():
         path = tmp_path / "tiny" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(config))
+        if path.name == "config.json":
+            # No tensors.
+            path.with_name("diffusion_pytorch_model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     return tmp_path / "tiny"
 
 
@@ -142,7 +146,7 @@ def usual_log() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--model", "nowhere"), "model_index.json"),
+        (("--model", "nowhere"), "the folder of a checkpoint"),
         (("--tls-cert", "only.pem"), "tls_key"),
         (("--port", "70000"), "65535"),
         (("--api-keys-file", "nowhere"), "nowhere"),
