@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
@@ -53,6 +54,14 @@ class Layout:
 
     latents: tuple[int, ...]
     conditioning: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def slot_bytes(layout: Layout) -> int:
+    """What a row of a table of this layout takes, in float32."""
+    channels, height, width = layout.latents
+    conditioning = sum(math.prod(shape) for _, shape in layout.conditioning)
+    numbers = (4 * channels + 1) * height * width + len(Role) * conditioning + MIN_OPS * len(COLUMNS)
+    return 4 * numbers
 
 
 @dataclass(slots=True, eq=False)

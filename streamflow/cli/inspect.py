@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,15 +48,38 @@ def status(
 
 
 def models(
-    address: Address = None, api_key: ApiKey = None, tls: Tls = False, tls_ca: TlsCa = None, json: Json = False
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="A checkpoint folder, or a name on the Hugging Face hub, to look at before it is served."),
+    ] = None,
+    flow: Annotated[str, typer.Option(help="As which its weights are served; see --flow of the services.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="In which it would run: float32, float16, bfloat16; auto = here.")
+    ] = "auto",
+    slots: Annotated[int, typer.Option(min=1, help="Of a denoiser.")] = 16,
+    address: Address = None,
+    api_key: ApiKey = None,
+    tls: Tls = False,
+    tls_ca: TlsCa = None,
+    json: Json = False,
 ) -> None:
-    """List the models with their defaults and limits.
+    """List the models of a gateway with their defaults and limits; or say what a checkpoint is and what it takes.
+
+    With a CHECKPOINT no gateway is asked: its configs and the headers of its weights tell which networks each service
+    would load, and how much memory they take.
 
     \b
     Examples:
         streamflow models
         streamflow models --json
+        streamflow models checkpoints/stable-diffusion-3-medium --dtype float16
+        streamflow models checkpoints/perflow-sd15 --flow perflow
     """
+    if checkpoint is not None:
+        from streamflow.cli.checkpoint import show
+
+        show(checkpoint, flow=flow, dtype=dtype, slots=slots, as_json=json)
+        return
     with connect(address, api_key, tls, tls_ca) as client:
         found = client.models()
     if json:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from streamflow.backends.parts import Part, Runner
 
 
+_ENCODING, _DECODING = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
+"""Modules of an autoencoder's halves."""
+
+
 def latent_factor(checkpoint: Checkpoint) -> int:
     """Pixels of a picture's side in one of its latents."""
     return int(2 ** (len(checkpoint.config("vae")["block_out_channels"]) - 1))
@@ -36,10 +40,10 @@ def encoder_part(checkpoint: Checkpoint, card: ModelCard) -> Part:
         card.weights_revision,
         {"images": Input((ROWS, 3, "height", "width"))},
         "latents",
-        _vae(checkpoint),
+        _vae(checkpoint, without=_DECODING),
         call_encoder,
         {"height": card.default_height, "width": card.default_width},
-        upcast=_upcast(checkpoint),
+        upcast=_upcast(checkpoint, card),
     )
 
 
@@ -49,23 +53,25 @@ def decoder_part(checkpoint: Checkpoint, kind: DecoderKind, card: ModelCard) -> 
     latents = {"latents": Input((ROWS, card.latent_channels, "height", "width"))}
     size, factor = latent_size(card), card.latent_factor
     if kind is DecoderKind.FULL:
-        load, upcast = _vae(checkpoint), _upcast(checkpoint)
+        load, upcast = _vae(checkpoint, without=_ENCODING), _upcast(checkpoint, card)
         return Part(
             "vae_decoder", card.weights_revision, latents, "images", load, call_decoder, size, factor, upcast=upcast
         )
     if checkpoint.tiny_folder is None:
         raise InvalidRequestError("decoder", kind.value, "full", f"{checkpoint.folder} has no tiny_vae folder")
-    load = Weights(from_diffusers, "AutoencoderTiny", checkpoint.tiny_folder, checkpoint.allow_pickle)
+    folder, pickle = checkpoint.tiny_folder, checkpoint.allow_pickle
+    load = Weights(from_diffusers, "AutoencoderTiny", folder, pickle, without=_ENCODING[:1])
     return Part("tiny_decoder", card.weights_revision, latents, "images", load, call_decoder, size, factor)
 
 
-def _vae(checkpoint: Checkpoint) -> Weights:
-    return Weights(from_diffusers, "AutoencoderKL", checkpoint.folder / "vae", checkpoint.allow_pickle)
+def _vae(checkpoint: Checkpoint, *, without: tuple[str, ...]) -> Weights:
+    folder, pickle = checkpoint.folder / "vae", checkpoint.allow_pickle
+    return Weights(from_diffusers, "AutoencoderKL", folder, pickle, without=without)
 
 
-def _upcast(checkpoint: Checkpoint) -> bool:
-    """Whether half precision overflows in it, as its config says (SDXL)."""
-    return bool(checkpoint.config("vae").get("force_upcast", False))
+def _upcast(checkpoint: Checkpoint, card: ModelCard) -> bool:
+    """Whether half precision overflows in it. The configs of all families say so; it is true of SDXL's."""
+    return card.family == "sdxl" and bool(checkpoint.config("vae").get("force_upcast", True))
 
 
 def call_encoder(vae: Any, images: Tensor) -> Tensor:

@@ -45,6 +45,7 @@ class Weights:
         allow_pickle: see Checkpoint.
         options: more that `from_pretrained` takes.
         finish: what is done to the loaded module before it is used.
+        without: its modules that are dropped: what is not used here takes no memory.
     """
 
     library: Callable[[str], Any]
@@ -53,6 +54,7 @@ class Weights:
     allow_pickle: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     finish: Callable[[Any], None] | None = None
+    without: tuple[str, ...] = ()
 
     def __call__(self, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """In eval mode, on the device, in the precision.
@@ -74,6 +76,8 @@ class Weights:
             lacking = [*about["missing_keys"], *about["mismatched_keys"]]
             if lacking:
                 raise ValueError(f"{len(lacking)} tensors are missing or of other shapes, such as {lacking[0]}")
+        for name in self.without:
+            setattr(module, name, None)
         if self.finish is not None:
             self.finish(module)
         loaded: nn.Module = module.to(device).eval()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from streamflow.errors import InvalidRequestError
 from streamflow.families.checkpoint import Checkpoint
@@ -31,6 +32,12 @@ class PartWeights:
     dtypes: tuple[str, ...]
 
 
+class _Tensor(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 def check_parts(checkpoint: Checkpoint, folders: Iterable[str]) -> None:
     """Whether the parts that a family serves are there, with weights that are whole.
 
@@ -49,8 +56,11 @@ def check_parts(checkpoint: Checkpoint, folders: Iterable[str]) -> None:
             part_weights(path, allow_pickle=checkpoint.allow_pickle)
 
 
-def part_weights(part: Path, *, allow_pickle: bool = False) -> PartWeights:
+def part_weights(part: Path, *, allow_pickle: bool = False, without: Sequence[str] = ()) -> PartWeights:
     """Of one network's folder.
+
+    Args:
+        without: modules that are not counted.
 
     Raises:
         InvalidRequestError: see `check_parts`.
@@ -59,11 +69,11 @@ def part_weights(part: Path, *, allow_pickle: bool = False) -> PartWeights:
     if not files:
         _refuse_without(part, allow_pickle)
         return PartWeights(0, sum(path.stat().st_size for path in _pickles(part)), ("?",))
-    tensors = [tensor for path in files for tensor in _header(path)]
+    tensors = [tensor for path in files for tensor in _header(path) if tensor.name.partition(".")[0] not in without]
     return PartWeights(
-        sum(prod(shape) for _, shape in tensors),
+        sum(prod(tensor.shape) for tensor in tensors),
         sum(path.stat().st_size for path in files),
-        tuple(sorted({dtype for dtype, _ in tensors})),
+        tuple(sorted({tensor.dtype for tensor in tensors})),
     )
 
 
@@ -102,8 +112,8 @@ def _refuse_without(part: Path, allow_pickle: bool) -> None:
         raise InvalidRequestError("model", others[0], "weights as safetensors", hint)
 
 
-def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Type and shape of every tensor; the file is as long as they need.
+def _header(path: Path) -> list[_Tensor]:
+    """What the file says that it holds; it is as long as that needs.
 
     Raises:
         InvalidRequestError: it is not.
@@ -114,11 +124,11 @@ def _header(path: Path) -> list[tuple[str, tuple[int, ...]]]:
             if length > _MOST_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        needed = 8 + length + max((entry["data_offsets"][1] for entry in entries), default=0)
+        header.pop("__metadata__", None)
+        needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if path.stat().st_size != needed:
             raise ValueError(f"{path.stat().st_size} bytes, of {needed}")
-        return [(entry["dtype"], tuple(entry["shape"])) for entry in entries]
+        return [_Tensor(name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         reason = f"it is cut or damaged: {error}"
         raise InvalidRequestError("model", path, "a whole safetensors file", reason) from error

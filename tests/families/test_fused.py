@@ -47,7 +47,8 @@ def test_labels_in_place_of_prompts(tmp_path: Path) -> None:
     pipeline = Pipeline.from_pretrained(save_sit_checkpoint(tmp_path / "sit"), device="cpu")
     both = pipeline(class_labels=[7, 2], steps=2, seed=3, output="np").images
     assert both.shape == (2, 64, 64, 3)
-    assert np.array_equal(both[1], pipeline(class_labels=[2], steps=2, seed=4, output="np").images[0])
+    alone = pipeline(class_labels=[2], steps=2, seed=4, output="np").images[0]
+    assert np.abs(both[1].astype(int) - alone.astype(int)).max() <= 1
     for wrong, message in (
         ({"class_labels": [10]}, "class_labels: got 10; allowed: 0 to 9"),
         ({"prompt": "a cat"}, "prompts: got '1'; allowed: none; sit takes class_labels, 0 to 9"),
