@@ -18,12 +18,14 @@ from streamflow.rpc import convert
 from streamflow.types import ModelCard
 from streamflow.v1 import types_pb2
 from streamflow.validation import (
+    check_control_image,
     check_prompt,
     check_request_id,
     check_sampling,
     check_size,
     check_subjects,
     check_true_cfg_scale,
+    check_variant,
     texts_for,
 )
 
@@ -56,6 +58,7 @@ def fill_in(
     filled.DiscardUnknownFields()
     filled.ClearField("init_image")
     filled.ClearField("mask_image")
+    filled.control.ClearField("image")
     filled.request_id = request.request_id or request_id
     filled.model = card.name
     filled.num_images = request.num_images or 1
@@ -80,6 +83,7 @@ def check(request: types_pb2.GenerateRequest, *, card: ModelCard, settings: Gate
     check_true_cfg_scale(card, convert.true_cfg_scale(request), request.negative_prompt)
     _check_size(request, card, settings)
     _check_images(request, settings)
+    _check_variant(request, card)
     check_budget(request, card, settings)
     _check_sampling(request, card)
     _check_output(request, card)
@@ -204,9 +208,17 @@ def _check_images(request: types_pb2.GenerateRequest, settings: GatewaySettings)
         raise InvalidRequestError("mask_image", given, "only with init_image", "send the image to repaint")
     if request.HasField("strength") and not request.init_image:
         raise InvalidRequestError("strength", request.strength, "only with init_image")
-    for field, data in (("init_image", request.init_image), ("mask_image", request.mask_image)):
+    images = {"init_image": request.init_image, "mask_image": request.mask_image}
+    for field, data in {**images, "control.image": request.control.image}.items():
         if len(data) > settings.max_image_bytes:
             raise InvalidRequestError(field, f"{len(data)} bytes", f"at most {settings.max_image_bytes} bytes")
+
+
+def _check_variant(request: types_pb2.GenerateRequest, card: ModelCard) -> None:
+    check_variant(card, convert.variant_from_pb(request))
+    check_control_image(
+        request.control.name, bool(request.control.image), convert.control_scale_from_pb(request.control)
+    )
 
 
 def _check_output(request: types_pb2.GenerateRequest, card: ModelCard) -> None:

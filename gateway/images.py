@@ -1,4 +1,4 @@
-"""Init images and masks as the stages get them: plain PNGs of the request's size, without metadata."""
+"""The images of a request as the stages get them: plain PNGs of the request's size, without metadata."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from streamflow.pictures import load_source
+from streamflow.v1 import types_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,21 @@ def prepare(init: bytes, mask: bytes, *, width: int, height: int, max_pixels: in
     """
     source = load_source(init, mask or None, size=(width, height), max_pixels=max_pixels)
     return SourceImages(_to_png(source.image), None if source.mask is None else _to_png(source.mask))
+
+
+def prepare_all(request: types_pb2.GenerateRequest, *, width: int, height: int, max_pixels: int) -> dict[str, bytes]:
+    """All images of a request, by the fields of a JobSpec that refer to them. Blocks, and raises, as `prepare` does."""
+    size, found = (width, height), {}
+    if request.init_image:
+        sources = prepare(request.init_image, request.mask_image, width=width, height=height, max_pixels=max_pixels)
+        found["init_image_blob"] = sources.init
+        if sources.mask is not None:
+            found["mask_blob"] = sources.mask
+    if request.control.image:
+        names = ("control.image", "")
+        control = load_source(request.control.image, size=size, max_pixels=max_pixels, names=names)
+        found["control_blob"] = _to_png(control.image)
+    return found
 
 
 def _to_png(pixels: np.ndarray) -> bytes:

@@ -137,11 +137,11 @@ class Pipeline:
             hint = "send the request again"
             raise InvalidRequestError("id", letter_id, f"a letter of the model served now, {self._card.name}", hint)
         timeout_s = self._settings.default_timeout_s
-        for blob in filter(None, (spec.init_image_blob, spec.mask_blob)):
+        for blob in filter(None, (spec.init_image_blob, spec.mask_blob, spec.control_blob)):
             data = await self._transport.get_blob(blob)
             if data is None:
                 hint = "send the request again with its images"
-                raise InvalidRequestError("id", letter_id, "a letter whose init image and mask are still stored", hint)
+                raise InvalidRequestError("id", letter_id, "a letter whose images are still stored", hint)
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S)
         spec.request.request_id = key.request_id
         await self._admit(self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True), key)
@@ -201,23 +201,20 @@ class Pipeline:
         return chosen.apply(request, decoder)
 
     async def _store_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec) -> list[bytes]:
-        """Stores init image and mask for a minute, enough to be admitted: those of a refused request soon go."""
-        if not request.init_image:
+        """Stores the request's images for a minute, enough to be admitted: those of a refused request soon go."""
+        if not (request.init_image or request.control.image):
             return []
         async with self._decoding:
-            sources = await asyncio.to_thread(
-                images.prepare,
-                request.init_image,
-                request.mask_image,
+            prepared = await asyncio.to_thread(
+                images.prepare_all,
+                request,
                 width=spec.request.width,
                 height=spec.request.height,
                 max_pixels=self._settings.max_image_pixels,
             )
-        spec.init_image_blob = await self._transport.put_blob(sources.init, keep_s=_BLOB_MARGIN_S)
-        if sources.mask is None:
-            return [sources.init]
-        spec.mask_blob = await self._transport.put_blob(sources.mask, keep_s=_BLOB_MARGIN_S)
-        return [sources.init, sources.mask]
+        for field, data in prepared.items():
+            setattr(spec, field, await self._transport.put_blob(data, keep_s=_BLOB_MARGIN_S))
+        return [*prepared.values()]
 
     async def job(self, key: JobKey) -> JobView:
         """Raises NotFoundError, in the words of the client's id."""

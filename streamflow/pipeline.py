@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
@@ -17,6 +17,8 @@ from streamflow.backends.select import leave_cores
 from streamflow.batching.engine import Progress
 from streamflow.config import EngineSettings
 from streamflow.errors import InvalidRequestError
+from streamflow.families import Source
+from streamflow.families.source import open_checkpoint
 from streamflow.flow.guidance import Guidance, GuidanceMode, read_interval
 from streamflow.flow.noise import image_seed
 from streamflow.flow.programs import Program
@@ -25,8 +27,9 @@ from streamflow.pictures import Picture, keep_unmasked, load_source
 from streamflow.stages.decoder import DecoderStage
 from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
 from streamflow.stages.encoder import EncoderStage
-from streamflow.types import DecoderKind, DenoiseJob, EncodedJob, EncodeJob, ModelCard
+from streamflow.types import AdapterUse, DecoderKind, DenoiseJob, EncodedJob, EncodeJob, ModelCard, Variant
 from streamflow.validation import (
+    check_control_image,
     check_count,
     check_prompt,
     check_sampling,
@@ -34,6 +37,7 @@ from streamflow.validation import (
     check_size,
     check_subjects,
     check_true_cfg_scale,
+    check_variant,
     texts_for,
 )
 
@@ -79,8 +83,11 @@ class Pipeline:
     @classmethod
     def from_pretrained(
         cls,
-        path: Path | str,
+        path: Source,
         *,
+        flow: str = "auto",
+        adapters: Path | None = None,
+        controls: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
         decoder: Literal["tiny", "full"] | None = None,
@@ -90,9 +97,13 @@ class Pipeline:
         backend: str = "auto",
         engines: Path | None = None,
     ) -> Self:
-        """Loads a checkpoint folder in diffusers layout.
+        """Loads a checkpoint.
 
         Args:
+            path: a folder in diffusers layout, a name on the Hugging Face hub (org/name[@revision]), or a Checkpoint.
+            flow: what the weights were distilled to, where the checkpoint's scheduler does not tell: rectified,
+                instaflow, 2rf or perflow.
+            adapters, controls: folders of LoRA adapters and of ControlNets that calls may name.
             device: auto, cpu, cuda, cuda:1 ...
             dtype: auto, float32, float16 or bfloat16; auto is float32 on a CPU and float16 on a GPU.
             decoder: the distilled autoencoder or the checkpoint's own; None = the model's default.
@@ -106,6 +117,8 @@ class Pipeline:
         Raises:
             InvalidRequestError: the folder is no checkpoint that can be served, or a setting does not exist.
         """
+        if isinstance(path, Path | str):
+            path = open_checkpoint(path, flow=flow, adapters=adapters, controls=controls)
         if threads is not None or deterministic:
             set_threads(threads or 0, deterministic=deterministic)
         where = {
@@ -152,6 +165,10 @@ class Pipeline:
         image: Picture | None = None,
         strength: float | None = None,
         mask: Picture | None = None,
+        adapters: Mapping[str, float] | Sequence[str] = (),
+        control: str = "",
+        control_image: Picture | None = None,
+        control_scale: float = 1.0,
         latents: np.ndarray | None = None,
         output: Literal["pil", "np", "latents"] = "pil",
         on_progress: Callable[[Progress], None] | None = None,
@@ -170,6 +187,8 @@ class Pipeline:
             image, strength, mask: start from a picture; change it by strength in (0, 1] (default 0.8); only where the
                 mask, a picture of the same size, is white. PIL images, or PNG, JPEG and WebP files as bytes or paths;
                 a file has at most 4 megapixels.
+            adapters: names of LoRA adapters, or a mapping from names to weights.
+            control, control_image, control_scale: a ControlNet by its name, what it reads, and how strongly it acts.
             latents: the initial noise in place of the seed's, [n, C, H / f, W / f].
             on_progress: called after every step of every image.
 
@@ -189,10 +208,14 @@ class Pipeline:
             width=width,
             height=height,
             strength=_strength(image, strength, mask),
+            variant=Variant(_adapters(adapters), control),
+            control_scale=control_scale,
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         check_subjects(card, prompts, class_labels, negative_prompt=negative_prompt, most=MAX_IMAGES)
         check_true_cfg_scale(card, true_cfg_scale, negative_prompt)
+        check_variant(card, settings.variant)
+        check_control_image(control, control_image is not None, control_scale)
         prompts = prompts or [str(label) for label in class_labels]
         _check(card, settings, prompts, negative_prompt, source_prompt, num_images)
         program = settings.check(card, has_image=image is not None)
@@ -202,12 +225,14 @@ class Pipeline:
         source = None if image is None else load_source(image, mask, size=(width, height), names=("image", "mask"))
         more = {"negative_prompt": negative_prompt, "source_prompt": source_prompt, "sampler": settings.sampler}
         picture, kept = (None, None) if source is None else (source.image, source.mask)
-        texts = [EncodeJob(texts_for(program, prompt=text, **more), picture, kept) for text in prompts]
+        uses = settings.variant.adapters
+        texts = [EncodeJob(texts_for(program, prompt=text, **more), picture, kept, uses) for text in prompts]
+        steering = _control_pixels(control_image, (width, height))
         encoded = self._encoder.encode(texts)
         clock.lap("encode")
         owners = [job for job in encoded for _ in range(num_images)]
         seeds = [image_seed(settings.seed, k) for k in range(len(owners))]
-        jobs = [settings.job(job, s, n) for job, s, n in zip(owners, seeds, noise, strict=True)]
+        jobs = [settings.job(job, s, n, steering) for job, s, n in zip(owners, seeds, noise, strict=True)]
         final = np.stack(self._denoiser.run(jobs, on_progress=on_progress))
         clock.lap("denoise")
         images: list[Image.Image] | np.ndarray = []
@@ -230,6 +255,8 @@ class _Settings:
     width: int
     height: int
     strength: float
+    variant: Variant
+    control_scale: float
 
     def check(self, card: ModelCard, *, has_image: bool) -> Program:
         return check_sampling(
@@ -241,7 +268,9 @@ class _Settings:
             size_px=(self.width, self.height),
         )
 
-    def job(self, encoded: EncodedJob, seed: int, noise: np.ndarray | None) -> DenoiseJob:
+    def job(
+        self, encoded: EncodedJob, seed: int, noise: np.ndarray | None, control_image: np.ndarray | None
+    ) -> DenoiseJob:
         return DenoiseJob(
             conditioning=encoded.conditioning,
             steps=self.steps,
@@ -254,6 +283,9 @@ class _Settings:
             strength=self.strength,
             mask=encoded.mask,
             noise=noise,
+            variant=self.variant,
+            control_image=control_image,
+            control_scale=self.control_scale,
         )
 
 
@@ -300,6 +332,17 @@ def _guidance(
     if card.embedded_guidance:
         scale, embedded = true_cfg_scale or 1.0, scale
     return Guidance(scale, start, end, GuidanceMode(mode), residual, embedded)
+
+
+def _adapters(given: Mapping[str, float] | Sequence[str]) -> tuple[AdapterUse, ...]:
+    """In the order of their names; those of weight 0 change nothing."""
+    if isinstance(given, Mapping):
+        return tuple(sorted(AdapterUse(name, weight) for name, weight in given.items() if weight))
+    return tuple(sorted(AdapterUse(name) for name in ([given] if isinstance(given, str) else given)))
+
+
+def _control_pixels(image: Picture | None, size: tuple[int, int]) -> np.ndarray | None:
+    return None if image is None else load_source(image, size=size, names=("control_image", "")).image
 
 
 def _decoder_kind(card: ModelCard, name: str | None) -> DecoderKind:

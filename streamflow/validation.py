@@ -14,9 +14,11 @@ from streamflow.errors import InvalidRequestError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Program, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler
-from streamflow.types import ModelCard
+from streamflow.types import ModelCard, Variant
 
 MAX_GUIDANCE_SCALE = 100.0
+MAX_ADAPTER_WEIGHT = 10.0
+MAX_CONTROL_SCALE = 10.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -138,6 +140,37 @@ def check_true_cfg_scale(card: ModelCard, true_cfg_scale: float | None, negative
     if true_cfg_scale > 1 and not negative_prompt:
         hint = "say what to steer away from"
         raise InvalidRequestError("true_cfg_scale", true_cfg_scale, "more than 1 only with a negative_prompt", hint)
+
+
+def check_variant(card: ModelCard, variant: Variant) -> None:
+    """Adapters and a ControlNet of a request."""
+    names = [use.name for use in variant.adapters]
+    for use in variant.adapters:
+        if use.name not in card.adapters:
+            raise InvalidRequestError("adapters", use.name, _names(card, "adapters", card.adapters))
+        if names.count(use.name) > 1:
+            raise InvalidRequestError("adapters", use.name, "each name once")
+        # A comparison with NaN is false, so it fails here.
+        if not abs(use.weight) <= MAX_ADAPTER_WEIGHT:
+            allowed = f"-{MAX_ADAPTER_WEIGHT:g} to {MAX_ADAPTER_WEIGHT:g}"
+            raise InvalidRequestError("adapters", f"{use.name} with weight {use.weight:g}", allowed)
+    if variant.control and variant.control not in card.controls:
+        raise InvalidRequestError("control", variant.control, _names(card, "controls", card.controls))
+
+
+def check_control_image(control: str, has_image: bool, scale: float) -> None:
+    """Args: control: the name of a ControlNet; empty = none."""
+    if has_image and not control:
+        raise InvalidRequestError("control.image", "an image", "only with the name of a ControlNet")
+    if control and not has_image:
+        raise InvalidRequestError("control.image", "none", f"what {control} reads, such as edges or a depth map")
+    # A comparison with NaN is false, so it fails here.
+    if not 0 <= scale <= MAX_CONTROL_SCALE:
+        raise InvalidRequestError("control.scale", scale, f"0 to {MAX_CONTROL_SCALE:g}")
+
+
+def _names(card: ModelCard, what: str, names: Sequence[str]) -> str:
+    return "one of " + ", ".join(names) if names else f"none: {card.name} has no {what}"
 
 
 def check_seed(seed: int) -> None:

@@ -12,6 +12,7 @@ from streamflow.host import handoff
 from streamflow.host.handoff import Stopwatch, malformed
 from streamflow.host.latest import Latest, passed_on
 from streamflow.host.request import ImageRequest, read_request
+from streamflow.host.sources import stored_control
 from streamflow.rpc.convert import progress_event
 from streamflow.stages.denoiser import DenoiserStage
 from streamflow.stages.runner import EngineEndedError, SuspendedError
@@ -110,6 +111,9 @@ class DenoiseHandler:
             mask=mask,
             preview_interval_steps=request.preview_interval_steps,
             resume=await self._state(entry, request),
+            variant=request.variant,
+            control_image=await stored_control(self._transport, entry, request),
+            control_scale=request.control_scale,
         )
 
     async def _conditioning(self, entry: Entry, name: str) -> Tensors:

@@ -13,7 +13,7 @@ from streamflow.flow.programs import Role
 from streamflow.flow.samplers import sampler_steps
 from streamflow.host.control import ControlServicer, StageControl
 from streamflow.host.latest import Latest, passed_on
-from streamflow.rpc.convert import guidance_from_pb, true_cfg_scale
+from streamflow.rpc.convert import control_scale_from_pb, guidance_from_pb, true_cfg_scale, variant_from_pb
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import Service
 from streamflow.stages.denoiser import DenoiserStage
@@ -117,6 +117,9 @@ def read_job(request: denoiser_pb2.DenoiseRequest, card: ModelCard) -> DenoiseJo
         mask=_array(request, "mask"),
         noise=_array(request, "noise"),
         preview_interval_steps=request.preview_interval_steps,
+        variant=variant_from_pb(request),
+        control_image=_array(request, "control_image"),
+        control_scale=control_scale_from_pb(request.control),
     )
 
 
@@ -140,7 +143,9 @@ def _texts(request: denoiser_pb2.DenoiseRequest | denoiser_pb2.ChangeRequest) ->
     }
 
 
-def _array(request: denoiser_pb2.DenoiseRequest, field: Literal["init_latents", "mask", "noise"]) -> np.ndarray | None:
+def _array(
+    request: denoiser_pb2.DenoiseRequest, field: Literal["init_latents", "mask", "noise", "control_image"]
+) -> np.ndarray | None:
     return codec.from_pb(getattr(request, field), field=field, finite=True) if request.HasField(field) else None
 
 

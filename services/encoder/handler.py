@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from streamflow.stages.encoder import EncodedText, EncoderStage, prompt_cache_ke
 from streamflow.transport import codec
 from streamflow.transport.base import Entry, Transport
 from streamflow.transport.handling import Advance, EntryContext, Outcome
-from streamflow.types import Stage
+from streamflow.types import AdapterUse, Stage
 from streamflow.v1 import encoder_pb2
 
 
@@ -40,24 +41,27 @@ class EncodeHandler:
         with malformed(entry):
             watch = Stopwatch(entry, since_s=job.admitted_at_s)
         request = read_request(job.spec, entry.ref.index, self._stage.card)
-        warnings = await asyncio.gather(*(self._text(entry, role, text) for role, text in request.texts.items()))
-        payload = {handoff.text_field(role): self._key(text) for role, text in request.texts.items()}
+        adapters = self._stage.relevant(request.variant.adapters)
+        warnings = await asyncio.gather(
+            *(self._text(entry, role, text, adapters) for role, text in request.texts.items())
+        )
+        payload = {handoff.text_field(role): self._key(text, adapters) for role, text in request.texts.items()}
         payload |= await self._images(entry, request)
         payload |= handoff.carried(entry, watch.stop("encode"))
         return Advance(
             Stage.DENOISE, payload, tuple(warning for warning in (*warnings, *request.program.warnings) if warning)
         )
 
-    def _key(self, text: str) -> bytes:
-        return prompt_cache_key(self._stage.card.revision, text).encode()
+    def _key(self, text: str, adapters: Sequence[AdapterUse]) -> bytes:
+        return prompt_cache_key(self._stage.card.revision, text, adapters).encode()
 
-    async def _text(self, entry: Entry, role: Role, text: str) -> str:
+    async def _text(self, entry: Entry, role: Role, text: str, adapters: Sequence[AdapterUse]) -> str:
         """Sees to it that the text's tensors are stored; returns a warning, or ""."""
-        key, keep_s = self._key(text).decode(), max(self._cache_s, handoff.keep_s(entry))
+        key, keep_s = self._key(text, adapters).decode(), max(self._cache_s, handoff.keep_s(entry))
         data = await self._transport.get_cached(key, keep_s=keep_s)
         self.counters["prompt_cache_misses_total" if data is None else "prompt_cache_hits_total"] += 1
         if data is None:
-            encoded = await self._stage.encode_text(text)
+            encoded = await self._stage.encode_text(text, adapters)
             await self._transport.put_cached(key, _to_bytes(encoded), keep_s=keep_s)
             truncated = encoded.truncated
         else:

@@ -9,6 +9,7 @@ import grpc.aio
 from streamflow.errors import InvalidRequestError
 from streamflow.host.control import ControlServicer, StageControl
 from streamflow.pictures import load_source
+from streamflow.rpc.convert import adapters_from_pb
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import Service
 from streamflow.stages.encoder import EncoderStage
@@ -34,7 +35,8 @@ class EncoderServicer(ControlServicer, encoder_pb2_grpc.TextEncoderServicer):
         async with rpc_errors(context):
             self._control.check_open()
             _check_prompts(request)
-            texts = await asyncio.gather(*map(self._stage.encode_text, request.prompts))
+            adapters = adapters_from_pb(request.adapters)
+            texts = await asyncio.gather(*(self._stage.encode_text(one, adapters) for one in request.prompts))
             conditionings = [codec.tensors_to_pb(text.conditioning, truncated=text.truncated) for text in texts]
             latents = await self._init_latents(request) if request.init_image else None
             return encoder_pb2.EncodeResponse(conditionings=conditionings, init_latents=latents)

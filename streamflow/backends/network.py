@@ -25,5 +25,15 @@ class PartNetwork:
     def __call__(self, latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         return self._runner({"latents": latents, "timestep": timestep, **conditioning})
 
+    @property
+    def runner(self) -> Runner:
+        return self._runner
+
+    def using(self, runner: Runner) -> PartNetwork:
+        """As it is, with another runner."""
+        other = PartNetwork(runner, takes_velocity=self.takes_velocity, guided_channels=self.guided_channels)
+        other.name, other.row_invariant, other.row_counts = self.name, self.row_invariant, self.row_counts
+        return other
+
     def __repr__(self) -> str:
         return f"PartNetwork({self._runner!r}, row_counts={self.row_counts})"

@@ -107,6 +107,11 @@ class PartModule(nn.Module):
             dtype if one.dtype.is_floating_point and not one.exact else one.dtype for one in part.inputs.values()
         ]
 
+    @property
+    def own(self) -> nn.Module:
+        """The part's network itself."""
+        return self._module
+
     def forward(self, *inputs: Tensor) -> Tensor:
         placed = [one.to(self._device, dtype) for one, dtype in zip(inputs, self._dtypes, strict=True)]
         return self._call(self._module, *placed).float()

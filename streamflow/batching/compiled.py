@@ -58,6 +58,12 @@ class CompiledStep:
             preview = self._callable(network, rows, table, terms)(table, selection)
         return Step(preview if Term.PREVIEW in wanted else None, plan.count, rows)
 
+    def forget(self, network: Network) -> None:
+        """Drops what was made for a network that is not used any more."""
+        for callables in self._callables.values():
+            for key in [key for key in callables if key[0] == id(network)]:
+                del callables[key]
+
     def seal(self) -> None:
         """What is met for the first time from now on is not compiled: images under way would wait for a minute."""
         self._compiler = None

@@ -18,9 +18,12 @@ from streamflow.batching.slots import Image, Layout, Slot, SlotTable
 from streamflow.batching.step import Step, StepFunction, run_step
 from streamflow.errors import NOT_FINITE, GenerationError, InvalidRequestError, StreamFlowError
 from streamflow.flow.programs import Op
-from streamflow.types import SlotState
+from streamflow.types import PLAIN, SlotState, Variant
 
 _log = logging.getLogger(__name__)
+
+NetworkKey = tuple[str, Variant]
+"""Name and variant."""
 
 MAX_LAYOUTS = 16
 """Idle slot tables are dropped beyond this number, so that odd sizes do not fill the memory."""
@@ -75,18 +78,20 @@ class Engine:
         device: where the networks and the state are.
         dtype: of the state.
         step: how a group of slots makes a step.
+        variant_of: the network by its name and the variant of an image that is not the plain one.
     """
 
     def __init__(
         self,
         networks: Mapping[str, Network],
         *,
+        variant_of: Callable[[str, Variant], Network] | None = None,
         capacity: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         step: StepFunction = run_step,
     ) -> None:
-        self.capacity, self._step = capacity, step
+        self.capacity, self._step, self._variant_of = capacity, step, variant_of
         self._networks, self._device, self._dtype = networks, torch.device(device), dtype
         self._tables: dict[Layout, SlotTable] = {}
         self._slots: dict[Hashable, tuple[SlotTable, Slot]] = {}
@@ -154,8 +159,8 @@ class Engine:
     def tick(self) -> TickReport:
         """One network evaluation for every image under way."""
         report = TickReport()
-        for table, name, slots in list(self._gather()):
-            step = self._run(table, slots, self._networks[name], report)
+        for table, call, slots in list(self._gather()):
+            step = self._run(table, slots, call, report)
             if step is not None:
                 self._update(slots, step, report)
         self._retire(report)
@@ -174,30 +179,37 @@ class Engine:
             raise ValueError(f"the program needs the network {name!r}; loaded: {', '.join(self._networks)}")
         for role in image.program.roles - image.conditioning.keys():
             raise ValueError(f"the program needs the {role.name.lower()} conditioning")
+        if image.variant != PLAIN and self._variant_of is None:
+            raise ValueError(f"there is no {image.variant} of these networks")
         if image.resume and not 0 <= image.resume.ops_done < len(image.program) == image.resume.ops:
             place = f"{image.resume.ops_done} of {image.resume.ops}"
             raise ValueError(f"an image that stands at {place} cannot go on in a program of {len(image.program)}")
 
-    def _gather(self) -> Iterator[tuple[SlotTable, str, list[Slot]]]:
+    def _gather(self) -> Iterator[tuple[SlotTable, NetworkKey, list[Slot]]]:
         """The slots under way in groups that one network call can serve."""
-        groups: dict[tuple[Layout, str], list[Slot]] = {}
+        groups: dict[tuple[Layout, NetworkKey], list[Slot]] = {}
         for layout, table in self._tables.items():
             for slot in table.slots:
-                groups.setdefault((layout, slot.op.network), []).append(slot)
-        for (layout, name), slots in groups.items():
-            for part in cut([slot.op.rows for slot in slots], self._networks[name].row_counts):
-                yield self._tables[layout], name, slots[part]
+                groups.setdefault((layout, (slot.op.network, slot.image.variant)), []).append(slot)
+        for (layout, key), slots in groups.items():
+            # A variant has the row counts of the plain network.
+            for part in cut([slot.op.rows for slot in slots], self._networks[key[0]].row_counts):
+                yield self._tables[layout], key, slots[part]
 
-    def _run(self, table: SlotTable, slots: list[Slot], network: Network, report: TickReport) -> Step | None:
+    def _network(self, key: NetworkKey) -> Network:
+        name, variant = key
+        return self._networks[name] if variant == PLAIN or not self._variant_of else self._variant_of(name, variant)
+
+    def _run(self, table: SlotTable, slots: list[Slot], key: NetworkKey, report: TickReport) -> Step | None:
         """The group's step; when the network raises, the slots run one by one so that only the guilty one fails."""
         try:
-            step = self._step(table, slots, network)
+            step = self._step(table, slots, self._network(key))
         except Exception as error:
             if len(slots) == 1:
                 self._fail(slots[0], error, report)
                 return None
             for slot in slots:
-                alone = self._run(table, [slot], network, report)
+                alone = self._run(table, [slot], key, report)
                 if alone is not None:
                     self._update([slot], alone, report)
             return None

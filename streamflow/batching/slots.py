@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamflow.flow.programs import COLUMNS, Op, Program, Role, Term
-from streamflow.types import SlotState
+from streamflow.types import PLAIN, SlotState, Variant
 
 MIN_OPS = 32
 """Room for programs in a new slot table."""
@@ -28,6 +28,7 @@ class Image:
         seed: of the draws of a stochastic program.
         preview_interval: a preview after every so many steps; 0 = none.
         resume: where it stands already; None = at its program's start.
+        variant: of the networks; images of different ones share no call.
     """
 
     handle: Hashable
@@ -39,6 +40,7 @@ class Image:
     seed: int = 0
     preview_interval: int = 0
     resume: SlotState | None = None
+    variant: Variant = PLAIN
 
     @property
     def layout(self) -> Layout:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from streamflow.flow.guidance import Guidance
-from streamflow.types import ModelCard, Tensors
+from streamflow.types import AdapterUse, ModelCard, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,12 @@ class TextEncoder(Protocol):
     backend: str
     max_tokens: int
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensors]:
+    def encode(self, prompts: Sequence[str], adapters: Sequence[AdapterUse] = ()) -> list[Tensors]:
         """Conditioning per prompt: named float32 arrays without a batch axis."""
+        ...
+
+    def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        """Those of the adapters that change what prompts become."""
         ...
 
     def truncated(self, prompt: str) -> str:

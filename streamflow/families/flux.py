@@ -71,7 +71,7 @@ def load_text_encoder(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPa
     return text.open_towers(
         towers(checkpoint, card),
         checkpoint,
-        card.weights_revision,
+        card,
         open_part,
         lambda outputs: {"pooled_prompt_embeds": outputs[0], "prompt_embeds": outputs[1]},
     )

@@ -55,7 +55,7 @@ def load_text_encoder(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPa
     return text.open_towers(
         towers(checkpoint, card),
         checkpoint,
-        card.weights_revision,
+        card,
         open_part,
         lambda outputs: {"prompt_embeds": outputs[0]},
     )
@@ -74,5 +74,10 @@ def _conditioning(checkpoint: Checkpoint, card: ModelCard) -> dict[str, tuple[in
 
 
 def _call(network: Any, latents: Tensor, timestep: Tensor, prompt_embeds: Tensor) -> Tensor:
-    output: Tensor = network(latents, timestep, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
+    output: Tensor = network(latents, timestep, return_dict=False, **arguments(prompt_embeds))[0]
     return output
+
+
+def arguments(prompt_embeds: Tensor) -> Mapping[str, Any]:
+    """The conditioning as the UNet and its ControlNets take it."""
+    return {"encoder_hidden_states": prompt_embeds}

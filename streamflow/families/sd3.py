@@ -74,7 +74,7 @@ def load_text_encoder(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPa
             "pooled_prompt_embeds": torch.cat([pooled for _, pooled in split], dim=-1),
         }
 
-    return text.open_towers(towers(checkpoint, card), checkpoint, card.weights_revision, open_part, combine)
+    return text.open_towers(towers(checkpoint, card), checkpoint, card, open_part, combine)
 
 
 def networks(checkpoint: Checkpoint, card: ModelCard) -> Mapping[str, Part]:

@@ -73,9 +73,7 @@ def load_text_encoder(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPa
 
     # Where no negative prompt is given; so were the base models trained.
     zero = bool(checkpoint.index.get("force_zeros_for_empty_prompt", True))
-    return text.open_towers(
-        towers(checkpoint, card), checkpoint, card.weights_revision, open_part, combine, empty_is_zero=zero
-    )
+    return text.open_towers(towers(checkpoint, card), checkpoint, card, open_part, combine, empty_is_zero=zero)
 
 
 def networks(checkpoint: Checkpoint, card: ModelCard) -> Mapping[str, Part]:
@@ -112,11 +110,14 @@ def _call(
     pooled_prompt_embeds: Tensor,
     time_ids: Tensor,
 ) -> Tensor:
-    output: Tensor = network(
-        latents,
-        timestep,
-        encoder_hidden_states=prompt_embeds,
-        added_cond_kwargs={"text_embeds": pooled_prompt_embeds, "time_ids": time_ids},
-        return_dict=False,
-    )[0]
+    told = arguments(prompt_embeds, pooled_prompt_embeds, time_ids)
+    output: Tensor = network(latents, timestep, return_dict=False, **told)[0]
     return output
+
+
+def arguments(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, time_ids: Tensor) -> Mapping[str, Any]:
+    """The conditioning as the UNet and its ControlNets take it."""
+    return {
+        "encoder_hidden_states": prompt_embeds,
+        "added_cond_kwargs": {"text_embeds": pooled_prompt_embeds, "time_ids": time_ids},
+    }

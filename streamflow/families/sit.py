@@ -23,7 +23,7 @@ from streamflow.families.libraries import Weights, from_diffusers
 from streamflow.families.networks import latent_size, opened, refiner
 from streamflow.families.text import TowerSpec
 from streamflow.flow.programs import BASE, REFINER
-from streamflow.types import ModelCard, Tensors
+from streamflow.types import AdapterUse, ModelCard, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,9 +84,12 @@ class LabelEncoder:
     def __init__(self, labels: int) -> None:
         self._labels = labels
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensors]:
+    def encode(self, prompts: Sequence[str], adapters: Sequence[AdapterUse] = ()) -> list[Tensors]:
         """{"class_label": float32 []} per label. Raises InvalidRequestError."""
         return [{"class_label": np.array(self._number(label), np.float32)} for label in prompts]
+
+    def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        return ()
 
     def truncated(self, prompt: str) -> str:
         return ""

@@ -18,23 +18,53 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def checkpoint_from(settings: ModelSettings) -> Checkpoint:
-    """What the settings of a process name; a model on the hub is downloaded, unless it was.
+    """What the settings of a process name. Raises as `open_checkpoint` does."""
+    return open_checkpoint(
+        settings.model,
+        label=settings.model_name,
+        flow=settings.flow,
+        unet_delta=settings.unet_delta,
+        tiny_vae=settings.tiny_vae,
+        adapters=settings.adapters,
+        controls=settings.controls,
+        allow_pickle=settings.allow_pickle,
+        digests=settings.cache / DIGESTS,
+    )
+
+
+def open_checkpoint(
+    model: Path | str,
+    *,
+    label: str = "",
+    flow: str = "auto",
+    unet_delta: Path | None = None,
+    tiny_vae: Path | None = None,
+    adapters: Path | None = None,
+    controls: Path | None = None,
+    allow_pickle: bool = False,
+    digests: Path | None = None,
+) -> Checkpoint:
+    """A model on the hub is downloaded, unless it was.
+
+    Args:
+        model: a folder, or a name on the hub; so is tiny_vae.
+        adapters, controls: folders of them.
 
     Raises:
         InvalidRequestError: there is no such folder or model, or what belongs to it is not there.
         UnavailableError: the hub cannot be reached.
     """
-    folder = local_folder(settings.model, allow_pickle=settings.allow_pickle)
+    model = Path(model)
     return Checkpoint(
-        folder,
-        label=settings.model_name or default_name(settings.model),
-        flow=settings.flow,
-        unet_delta=_existing("unet_delta", settings.unet_delta),
-        tiny_vae=_tiny_vae(settings.tiny_vae, settings.allow_pickle),
-        adapters=_named("adapters", settings.adapters, (".safetensors",)),
-        controls=_named("controls", settings.controls, ()),
-        allow_pickle=settings.allow_pickle,
-        digests=settings.cache / DIGESTS,
+        local_folder(model, allow_pickle=allow_pickle),
+        label=label or default_name(model),
+        flow=flow,
+        unet_delta=_existing("unet_delta", unet_delta),
+        tiny_vae=_tiny_vae(tiny_vae, allow_pickle),
+        adapters=_named("adapters", adapters, (".safetensors",)),
+        controls=_named("controls", controls, ()),
+        allow_pickle=allow_pickle,
+        digests=digests,
     )
 
 

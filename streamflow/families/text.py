@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamflow.errors import InvalidRequestError
+from streamflow.families.adapters import KEPT, TEXT_ENCODERS, Adapted, AdapterFiles, torch_runner
 from streamflow.families.checkpoint import Checkpoint, read_json
 from streamflow.families.libraries import Weights, from_transformers, refused
-from streamflow.types import Tensors
+from streamflow.types import AdapterUse, ModelCard, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,37 +105,68 @@ class PromptEncoder:
         towers: one or more.
         combine: their outputs to the conditioning.
         empty_is_zero: an empty prompt becomes zeros.
+        adapted: networks with adapters, by the folders of the towers that have any.
     """
 
-    def __init__(self, towers: Sequence[Tower], combine: Combine, *, empty_is_zero: bool = False) -> None:
+    def __init__(
+        self,
+        towers: Sequence[Tower],
+        combine: Combine,
+        *,
+        empty_is_zero: bool = False,
+        adapted: Mapping[str, Adapted] | None = None,
+    ) -> None:
         self._towers, self._combine, self._empty_is_zero = towers, combine, empty_is_zero
+        self._adapted = adapted or {}
+        self._with = lru_cache(KEPT)(self._with_adapters)
         self._longest = max(towers, key=lambda tower: tower.spec.tokens)
         self.backend = ", ".join(dict.fromkeys(tower.runner.name for tower in towers))
         self.max_tokens = self._longest.spec.tokens
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensors]:
-        combined = self._combine([tower(prompts) for tower in self._towers])
+    def encode(self, prompts: Sequence[str], adapters: Sequence[AdapterUse] = ()) -> list[Tensors]:
+        relevant = self.relevant(adapters)
+        towers = self._with(relevant) if relevant else self._towers
+        combined = self._combine([tower(prompts) for tower in towers])
         rows = {name: values.numpy() for name, values in combined.items()}
         kept = [1.0 if prompt or not self._empty_is_zero else 0.0 for prompt in prompts]
         return [{name: values[k] * np.float32(kept[k]) for name, values in rows.items()} for k in range(len(prompts))]
+
+    def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        names = frozenset[str]().union(*(adapted.names for adapted in self._adapted.values()))
+        return tuple(use for use in adapters if use.name in names)
 
     def truncated(self, prompt: str) -> str:
         """What no tower reads."""
         return self._longest.truncated(prompt)
 
+    def _with_adapters(self, uses: tuple[AdapterUse, ...]) -> list[Tower]:
+        return [self._tower(tower, uses) for tower in self._towers]
+
+    def _tower(self, tower: Tower, uses: tuple[AdapterUse, ...]) -> Tower:
+        adapted = self._adapted.get(tower.spec.folder)
+        own = [use for use in uses if adapted and use.name in adapted.names]
+        if adapted is None or not own:
+            return tower
+        return replace(tower, runner=torch_runner(tower.runner).using(adapted(own)))
+
 
 def open_towers(
     specs: Sequence[TowerSpec],
     checkpoint: Checkpoint,
-    revision: str,
+    card: ModelCard,
     open_part: OpenPart,
     combine: Combine,
     *,
     empty_is_zero: bool = False,
 ) -> PromptEncoder:
     """Args: see PromptEncoder."""
-    towers = [Tower.open(spec, checkpoint, revision, open_part) for spec in specs]
-    return PromptEncoder(towers, combine, empty_is_zero=empty_is_zero)
+    towers = [Tower.open(spec, checkpoint, card.weights_revision, open_part) for spec in specs]
+    files, adapted = AdapterFiles(card.family, checkpoint.adapters), {}
+    for tower in towers if checkpoint.adapters else ():
+        if tower.spec.folder in TEXT_ENCODERS:
+            module = torch_runner(tower.runner).module
+            adapted[tower.spec.folder] = Adapted(module, files.into(tower.spec.folder, module))
+    return PromptEncoder(towers, combine, empty_is_zero=empty_is_zero, adapted=adapted)
 
 
 def clip_tokens(checkpoint: Checkpoint, tokenizer: str = "tokenizer") -> int:

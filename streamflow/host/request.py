@@ -13,10 +13,24 @@ from google.protobuf.message import DecodeError
 from streamflow.errors import GenerationError, InvalidRequestError
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.programs import Program, Role
-from streamflow.rpc.convert import guidance_from_pb, output_from_pb, texts_from_pb, true_cfg_scale
-from streamflow.types import ModelCard, OutputSpec
+from streamflow.rpc.convert import (
+    control_scale_from_pb,
+    guidance_from_pb,
+    output_from_pb,
+    texts_from_pb,
+    true_cfg_scale,
+    variant_from_pb,
+)
+from streamflow.types import ModelCard, OutputSpec, Variant
 from streamflow.v1 import types_pb2
-from streamflow.validation import check_class_label, check_sampling, check_size, texts_for
+from streamflow.validation import (
+    check_class_label,
+    check_control_image,
+    check_sampling,
+    check_size,
+    check_variant,
+    texts_for,
+)
 
 DEFAULT_STRENGTH = 0.8
 
@@ -30,7 +44,8 @@ class ImageRequest:
         texts: those that the program needs; a label is a number as text.
         guidance_scale: as it was asked for, whatever becomes of it in `guidance`.
         seed: of this image.
-        init_image_blob, mask_blob: SHA-256 of PNGs of width x height; "" where there is none.
+        init_image_blob, mask_blob, control_blob: SHA-256 of PNGs of width x height; "" where there is none.
+        variant: of the model: adapters and ControlNet.
     """
 
     index: int
@@ -49,6 +64,9 @@ class ImageRequest:
     output: OutputSpec
     preview_interval_steps: int
     model: str
+    variant: Variant
+    control_blob: str
+    control_scale: float
 
 
 def read_request(spec: bytes, index: int, card: ModelCard) -> ImageRequest:
@@ -77,6 +95,9 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
     check_size(card, "height", request.height)
     if spec.mask_blob and not spec.init_image_blob:
         raise InvalidRequestError("mask_blob", spec.mask_blob, "only together with init_image_blob")
+    variant, control_scale = variant_from_pb(request), control_scale_from_pb(request.control)
+    check_variant(card, variant)
+    check_control_image(variant.control, bool(spec.control_blob), control_scale)
     scale, true_scale = request.guidance_scale, true_cfg_scale(request)
     guidance = guidance_from_pb(scale, request.guidance, card=card, true_cfg_scale=true_scale)
     strength = request.strength if request.HasField("strength") else DEFAULT_STRENGTH
@@ -112,6 +133,9 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
         output=checked_output(request.output, card),
         preview_interval_steps=request.preview_interval_steps,
         model=request.model or card.name,
+        variant=variant,
+        control_blob=spec.control_blob,
+        control_scale=control_scale,
     )
 
 

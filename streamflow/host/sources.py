@@ -1,8 +1,10 @@
-"""The init image and mask of a request, as the gateway stored them."""
+"""The images of a request, as the gateway stored them."""
 
 from __future__ import annotations
 
 import asyncio
+
+import numpy as np
 
 from streamflow.errors import GenerationError
 from streamflow.host.handoff import malformed
@@ -23,10 +25,23 @@ async def stored_source(transport: Transport, entry: Entry, request: ImageReques
         return await asyncio.to_thread(_decode, image, mask, size)
 
 
+async def stored_control(transport: Transport, entry: Entry, request: ImageRequest) -> np.ndarray | None:
+    """What the request's ControlNet reads, uint8 [height, width, 3]; None for a request without one.
+
+    Raises:
+        GenerationError: it is gone or broken.
+    """
+    if not request.control_blob:
+        return None
+    image = await _blob(transport, request.control_blob)
+    with malformed(entry):
+        return await asyncio.to_thread(decode_rgb, image, size=(request.width, request.height))
+
+
 async def _blob(transport: Transport, sha256: str) -> bytes:
     data = await transport.get_blob(sha256)
     if data is None:
-        raise GenerationError("the request's init image or mask is no longer stored; send the request again")
+        raise GenerationError("an image of the request is no longer stored; send the request again")
     return data
 
 

@@ -24,6 +24,8 @@ from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families import Source, load_denoiser
 from streamflow.families.base import Denoiser
 from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.controls import CONTROL_IMAGE, CONTROL_SCALE
+from streamflow.families.variants import Variants, check_backend, load_variants
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
@@ -32,6 +34,7 @@ from streamflow.stages.runner import EngineRunner, TickRecord
 from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, choose_step, measured_cost, pad, pad_to_one
 from streamflow.telemetry import get_logger
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
+from streamflow.validation import check_control_image, check_variant
 
 DEFAULT_SLOTS = 16
 
@@ -55,6 +58,7 @@ class DenoiserStage:
         slots: images at once.
         step: how a group of slots makes a step.
         cost: of a call of the base network, where it was measured.
+        variants: of the networks, for jobs that ask for adapters or a ControlNet; None = there are none.
     """
 
     def __init__(
@@ -65,10 +69,11 @@ class DenoiserStage:
         device: torch.device | str = "cpu",
         step: StepFunction = run_step,
         cost: Cost | None = None,
+        variants: Variants | None = None,
     ) -> None:
         self.cost = cost
         self._denoiser, self._step = denoiser, step
-        self._engine = Engine(denoiser.networks, capacity=slots, device=device, step=step)
+        self._engine = Engine(denoiser.networks, variant_of=variants, capacity=slots, device=device, step=step)
         self._handles: Iterator[int] = itertools.count()
         self._runner: EngineRunner | None = None
         self._changeable_jobs: dict[Hashable, tuple[Hashable, DenoiseJob]] = {}
@@ -104,7 +109,10 @@ class DenoiserStage:
         """
         if compiled and backend not in (AUTO, TORCH):
             raise InvalidRequestError("backend", backend, f"{AUTO} or {TORCH}: torch is what compiles steps")
-        chosen = TORCH if compiled else backend
+        checkpoint = Checkpoint.of(source, name)
+        check_backend("adapters", checkpoint.adapters, backend, allowed=(AUTO, TORCH))
+        check_backend("controls", checkpoint.controls, backend, allowed=(AUTO, TORCH))
+        chosen = TORCH if compiled or checkpoint.adapters or checkpoint.controls else backend
         open_part = open_parts(
             device,
             dtype,
@@ -115,7 +123,7 @@ class DenoiserStage:
             make_engines=make_engines,
             measured=not deterministic,
         )
-        denoiser = load_denoiser(Checkpoint.of(source, name), open_part)
+        denoiser = load_denoiser(checkpoint, open_part)
         cost = measured_cost(denoiser, open_part.device, open_part.dtype, threads=threads, engines=engines)
         slots = slots or cost.slots(least=LEAST_SLOTS, most=MOST_SLOTS)
         step = choose_step(denoiser, open_part.device, compiled=compiled)
@@ -123,7 +131,9 @@ class DenoiserStage:
             pad_to_one(denoiser, threads=threads or available_cores())
         elif step is not run_step:
             pad(denoiser, cost.buckets(2 * slots))
-        return cls(denoiser, slots=slots, device=open_part.device, step=step, cost=cost)
+        forget = step.forget if isinstance(step, CompiledStep) else None
+        variants = load_variants(checkpoint, denoiser, on_drop=forget)
+        return cls(denoiser, slots=slots, device=open_part.device, step=step, cost=cost, variants=variants)
 
     @property
     def card(self) -> ModelCard:
@@ -290,6 +300,8 @@ class DenoiserStage:
 
     def image(self, job: DenoiseJob, *, handle: Hashable, resume_at: int = 0) -> Image:
         """Compiles the job's sampler and checks its arrays. Raises InvalidRequestError."""
+        check_variant(self.card, job.variant)
+        check_control_image(job.variant.control, job.control_image is not None, job.control_scale)
         shape = self._denoiser.latent_shape(job.height, job.width)
         program = self._program(job, shape, resume_at)
         for role in program.roles - job.conditioning.keys():
@@ -313,6 +325,7 @@ class DenoiserStage:
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
             resume=resume,
+            variant=job.variant,
         )
 
     def _program(self, job: DenoiseJob, shape: tuple[int, int, int], resume_at: int) -> Program:
@@ -328,7 +341,7 @@ class DenoiserStage:
         if set(tensors) != set(shapes):
             raise InvalidRequestError(field, sorted(tensors), "the tensors " + ", ".join(shapes))
         texts = {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
-        return {**texts, **self._denoiser.row_inputs(job.height, job.width, job.guidance)}
+        return {**texts, **self._denoiser.row_inputs(job.height, job.width, job.guidance), **_control_inputs(job)}
 
     @property
     def _entered(self) -> EngineRunner:
@@ -360,6 +373,18 @@ def _changed(job: DenoiseJob, change: JobChange) -> DenoiseJob:
         strength=job.strength if change.strength is None else change.strength,
         resume=None,
     )
+
+
+def _control_inputs(job: DenoiseJob) -> dict[str, torch.Tensor]:
+    """What a ControlNet reads, as it was trained: colours in [0, 1]."""
+    if job.control_image is None:
+        return {}
+    shape = (job.height, job.width, 3)
+    if job.control_image.dtype != np.uint8 or job.control_image.shape != shape:
+        given = f"{job.control_image.dtype} {list(job.control_image.shape)}"
+        raise InvalidRequestError("control_image", given, f"uint8 {list(shape)}")
+    image = torch.from_numpy(job.control_image.transpose(2, 0, 1).astype(np.float32) / 255)
+    return {CONTROL_IMAGE: image, CONTROL_SCALE: torch.tensor(job.control_scale)}
 
 
 def _mask(mask: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,7 +16,8 @@ import numpy as np
 from streamflow.errors import GenerationError, InvalidRequestError, shorten
 from streamflow.flow.programs import Role
 from streamflow.stages.microbatch import MicroBatcher
-from streamflow.types import EncodedJob, EncodeJob, ModelCard, Tensors
+from streamflow.types import AdapterUse, EncodedJob, EncodeJob, ModelCard, Tensors, Variant
+from streamflow.validation import check_variant
 
 if TYPE_CHECKING:
     from streamflow.families import Source
@@ -36,9 +37,14 @@ class EncodedText:
     truncated: str = ""
 
 
-def prompt_cache_key(model_revision: str, prompt: str) -> str:
-    """The content hash under which a prompt's tensors are kept: 64 hex digits."""
-    parts = json.dumps([CACHE_VERSION, model_revision, prompt])
+def prompt_cache_key(model_revision: str, prompt: str, adapters: Sequence[AdapterUse] = ()) -> str:
+    """The content hash under which a prompt's tensors are kept: 64 hex digits.
+
+    Args:
+        adapters: those that change what prompts become.
+    """
+    uses = [(use.name, use.weight) for use in adapters]
+    parts = json.dumps([CACHE_VERSION, model_revision, prompt, *([uses] if uses else [])])
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -76,7 +82,7 @@ class EncoderStage:
         self.card, self.slots = card, slots
         self._text, self._images = text, images
         self._max_rows = 1 if deterministic else max_rows
-        self._batcher: MicroBatcher[str | np.ndarray, EncodedText | np.ndarray] = MicroBatcher(
+        self._batcher: MicroBatcher[_Text | np.ndarray, EncodedText | np.ndarray] = MicroBatcher(
             self._run, key=_kind, max_rows=self._max_rows, max_wait_s=max_wait_s, name="encoder"
         )
 
@@ -102,20 +108,22 @@ class EncoderStage:
             backend, engines, threads, make_engines: see streamflow.backends.select.open_parts.
             name: that clients use, where the source is a folder; empty = the folder's name.
         """
-        from streamflow.backends.select import open_parts
+        from streamflow.backends.select import AUTO, TORCH, open_parts
         from streamflow.families import describe, load_text_encoder, load_vae_encoder
         from streamflow.families.checkpoint import Checkpoint
+        from streamflow.families.variants import check_backend
 
+        checkpoint = Checkpoint.of(source, name)
+        check_backend("adapters", checkpoint.adapters, backend, allowed=(AUTO, TORCH))
         open_part = open_parts(
             device,
             dtype,
-            backend=backend,
+            backend=TORCH if checkpoint.adapters else backend,
             engines=engines,
             threads=threads,
             make_engines=make_engines,
             measured=not deterministic,
         )
-        checkpoint = Checkpoint.of(source, name)
         text = load_text_encoder(checkpoint, open_part)
         images = load_vae_encoder(checkpoint, open_part)
         card = describe(checkpoint)
@@ -137,6 +145,10 @@ class EncoderStage:
     async def watch(self, *, hung_after_s: float = inf) -> None:
         """Returns never. Raises UnavailableError when a network call hangs: only a new process helps then."""
         await self._batcher.watch(hung_after_s=hung_after_s)
+
+    def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        """Those of the adapters that change what prompts become."""
+        return self._text.relevant(adapters)
 
     @property
     def max_tokens(self) -> int:
@@ -164,19 +176,23 @@ class EncoderStage:
             InvalidRequestError: an image or a mask of a shape that the model does not take.
             GenerationError: a network gave values that are not finite.
         """
-        texts = list(dict.fromkeys(text for job in jobs for text in job.texts.values()))
-        encoded: dict[str, EncodedText] = {}
-        for start in range(0, len(texts), self._max_rows):
-            chunk = texts[start : start + self._max_rows]
-            encoded.update(zip(chunk, self._encode_texts(chunk), strict=True))
+        encoded: dict[_Text, EncodedText] = {}
+        for adapters in dict.fromkeys(self.relevant(job.adapters) for job in jobs):
+            mine = [job for job in jobs if self.relevant(job.adapters) == adapters]
+            texts = list(dict.fromkeys(text for job in mine for text in job.texts.values()))
+            for start in range(0, len(texts), self._max_rows):
+                chunk = texts[start : start + self._max_rows]
+                found = self._encode_texts(chunk, adapters)
+                encoded |= {_Text(text, adapters): one for text, one in zip(chunk, found, strict=True)}
         # By identity: the jobs of one request share one picture.
         pictures = {id(job.init_image): job.init_image for job in jobs if job.init_image is not None}
         latents = {key: self._encode_images([self._checked(picture)])[0] for key, picture in pictures.items()}
         return [self._result(job, encoded, latents.get(id(job.init_image))) for job in jobs]
 
-    async def encode_text(self, prompt: str) -> EncodedText:
-        """One prompt's conditioning."""
-        result = await self._batcher.submit(prompt)
+    async def encode_text(self, prompt: str, adapters: Sequence[AdapterUse] = ()) -> EncodedText:
+        """One prompt's conditioning. Raises InvalidRequestError for adapters that there are not."""
+        check_variant(self.card, Variant(tuple(adapters)))
+        result = await self._batcher.submit(_Text(prompt, self.relevant(adapters)))
         assert isinstance(result, EncodedText)
         return result
 
@@ -194,17 +210,17 @@ class EncoderStage:
         blocks = mask.reshape(height // factor, factor, width // factor, factor).astype(np.float32)
         return np.asarray(blocks.mean(axis=(1, 3)) / 255.0)
 
-    def _run(self, items: Sequence[str | np.ndarray]) -> Sequence[EncodedText | np.ndarray]:
-        """One call of the batcher: its key keeps prompts and images apart."""
-        texts = [item for item in items if isinstance(item, str)]
+    def _run(self, items: Sequence[_Text | np.ndarray]) -> Sequence[EncodedText | np.ndarray]:
+        """One call of the batcher: its key keeps prompts, by their adapters, and images apart."""
+        texts = [item for item in items if isinstance(item, _Text)]
         if not texts:
             return self._encode_images([item for item in items if isinstance(item, np.ndarray)])
-        unique = list(dict.fromkeys(texts))
-        encoded = dict(zip(unique, self._encode_texts(unique), strict=True))
-        return [encoded[text] for text in texts]
+        unique = list(dict.fromkeys(item.prompt for item in texts))
+        encoded = dict(zip(unique, self._encode_texts(unique, texts[0].adapters), strict=True))
+        return [encoded[item.prompt] for item in texts]
 
-    def _encode_texts(self, texts: Sequence[str]) -> list[EncodedText]:
-        encoded = self._text.encode(texts)
+    def _encode_texts(self, texts: Sequence[str], adapters: Sequence[AdapterUse]) -> list[EncodedText]:
+        encoded = self._text.encode(texts, adapters)
         for tensors in encoded:
             _check_finite(tensors.values(), "the text encoder")
         return [EncodedText(tensors, self._text.truncated(text)) for text, tensors in zip(texts, encoded, strict=True)]
@@ -228,8 +244,9 @@ class EncoderStage:
         allowed = f"uint8 [height, width{', 3' if ndim == 3 else ''}], height and width multiples of {multiple}"
         raise InvalidRequestError(field, f"{image.dtype} {list(image.shape)}", allowed)
 
-    def _result(self, job: EncodeJob, encoded: Mapping[str, EncodedText], source: np.ndarray | None) -> EncodedJob:
-        texts = {role: encoded[text] for role, text in job.texts.items()}
+    def _result(self, job: EncodeJob, encoded: Mapping[_Text, EncodedText], source: np.ndarray | None) -> EncodedJob:
+        adapters = self.relevant(job.adapters)
+        texts = {role: encoded[_Text(text, adapters)] for role, text in job.texts.items()}
         return EncodedJob(
             conditioning={role: text.conditioning for role, text in texts.items()},
             init_latents=source,
@@ -242,8 +259,16 @@ class EncoderStage:
         )
 
 
-def _kind(item: str | np.ndarray) -> Hashable:
-    return "prompt" if isinstance(item, str) else item.shape
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """Attributes: adapters: those that change what it becomes."""
+
+    prompt: str
+    adapters: tuple[AdapterUse, ...] = ()
+
+
+def _kind(item: _Text | np.ndarray) -> Hashable:
+    return item.adapters if isinstance(item, _Text) else item.shape
 
 
 def _check_finite(arrays: object, network: str) -> None:
