@@ -15,8 +15,10 @@ from PIL import Image
 
 from streamflow.cli.supervisor import LocalDeployment
 from streamflow.client import AsyncClient
+from streamflow.pipeline import Pipeline
 from streamflow.transport import codec
 from streamflow.v1 import denoiser_pb2, denoiser_pb2_grpc, encoder_pb2, encoder_pb2_grpc
+from tests.checkpoints.extras import UNET_LAYERS, save_adapter, save_control
 from tests.checkpoints.sd import save_sd_checkpoint
 from tests.checkpoints.text import T5_TOKENS
 from tests.checkpoints.transformers import save_sd3_checkpoint, save_sit_checkpoint
@@ -103,6 +105,52 @@ async def denoised(deployment: LocalDeployment, **wanted: Any) -> np.ndarray:
             last = event
         assert last is not None
         return codec.from_pb(last.latents, field="latents")
+
+
+@pytest.mark.timeout(300)
+async def test_adapters_and_a_control_in_requests(tmp_path: Path) -> None:
+    """Beside a plain request, all through one denoiser; each as if alone."""
+    folder = save_sd_checkpoint(tmp_path / "sd", diffusion=True)
+    (tmp_path / "adapters").mkdir()
+    ink = tmp_path / "adapters" / "ink.safetensors"
+    save_adapter(load_sd(folder, PeRFlow()), ink, network="unet", layers=UNET_LAYERS, text=True)
+    save_control(load_sd(folder, PeRFlow()).unet, tmp_path / "controls" / "edges")
+    edges = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    settings = {
+        "device": "cpu",
+        "flow": "perflow",
+        "adapters": tmp_path / "adapters",
+        "controls": tmp_path / "controls",
+        "deterministic": True,
+    }
+    steered = {"control": "edges", "control_image": edges, "control_scale": 0.5}
+    options = [{}, {"adapters": {"ink": 0.7}}, steered, {"adapters": ["ink"], **steered}]
+    fused = Pipeline.from_pretrained(
+        folder,
+        flow="perflow",
+        adapters=settings["adapters"],
+        controls=settings["controls"],
+        device="cpu",
+        deterministic=True,
+    )
+    async with (
+        LocalDeployment(model=folder, settings=settings) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        (model,) = await client.models()
+        assert (model.adapters, model.controls) == (("ink",), ("edges",))
+        made = await asyncio.gather(*(client.generate(PROMPT, steps=4, seed=3, **one) for one in options))
+        for wrong, message in (
+            ({"adapters": ["oil"]}, "adapters: got 'oil'; allowed: one of ink"),
+            ({"control": "edges"}, "control.image: got 'none'; allowed: what edges reads"),
+            ({"control": "edges", "control_image": b"no picture"}, "control.image: got"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                await client.generate(PROMPT, **wrong)
+    for one, result in zip(options, made, strict=True):
+        expected = fused(PROMPT, steps=4, seed=3, output="np", **one).images[0]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(result.files[0]))), expected), one
+    assert len({result.files[0] for result in made}) == len(options)
 
 
 @pytest.mark.timeout(300)
