@@ -63,9 +63,18 @@ CARDS = (
     replace(CARD, flow=FlowSpec(timestep_rises=True, velocity_sign=-1.0, refiner=RefinerSpec(0.1, guided=True))),
     replace(CARD, flow=FlowSpec(windows=WindowSpec()), max_steps=1000, default_sampler="perflow"),
     replace(CARD, flow=FlowSpec(windows=WindowSpec("ddim_eps", windows=7)), default_sampler="perflow[exact=true]"),
-    replace(CARD, flow=_FLUX, family="flux", max_steps=1000, default_sampler="H2P4", decoders=tuple(DecoderKind)),
+    replace(
+        CARD,
+        flow=_FLUX,
+        family="flux",
+        max_steps=1000,
+        default_sampler="H2P4",
+        decoders=tuple(DecoderKind),
+        embedded_guidance=True,
+    ),
+    replace(CARD, adapters=("ink", "wash"), controls=("edges",)),
 )
-"""One of each kind of flow, so that every way to compile a sampler is walked."""
+"""One of each kind of flow, so that every way to compile a sampler is walked; and one with adapters."""
 
 # -- values ----------------------------------------------------------------------------------------------------------
 
@@ -135,6 +144,8 @@ def _one_of(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict
 
 
 _GUIDANCE = _one_of({"mode": ENUMS, "start_sigma": FLOATS, "end_sigma": FLOATS, "residual_strength": FLOATS})
+_ADAPTER = _one_of({"name": st.one_of(st.sampled_from(["ink", "wash"]), TEXTS), "weight": FLOATS})
+_CONTROL = _one_of({"name": st.one_of(st.just("edges"), TEXTS), "image": FILES, "scale": FLOATS})
 _OUTPUT = _one_of({"format": ENUMS, "quality": UINT32, "decoder": ENUMS, "embed_metadata": st.booleans()})
 HOSTILE: dict[str, st.SearchStrategy[Any]] = {
     "request_id": IDS,
@@ -161,6 +172,8 @@ HOSTILE: dict[str, st.SearchStrategy[Any]] = {
     "guidance": _GUIDANCE,
     "time_budget_s": FLOATS,
     "min_steps": UINT32,
+    "adapters": st.lists(_ADAPTER, min_size=1, max_size=4),
+    "control": _CONTROL,
 }
 assert HOSTILE.keys() == set(types_pb2.GenerateRequest.DESCRIPTOR.fields_by_name), "a field that nothing is hostile to"
 

@@ -39,7 +39,7 @@ from streamflow.transport.policy import Policy
 from streamflow.transport.redis_client import connect
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.transport.worker import StageWorker
-from streamflow.types import DecoderKind, DenoiseJob, JobState, Stage, Tensors, WorkerInfo
+from streamflow.types import AdapterUse, DecoderKind, DenoiseJob, JobState, Stage, Tensors, WorkerInfo
 from streamflow.v1 import types_pb2
 from tests.properties.strategies import (
     CARD,
@@ -129,8 +129,11 @@ LARGER = codec.encode(np.zeros((4, 8, 8), np.float32))
 class Texts:
     max_tokens = 32
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensors]:
+    def encode(self, prompts: Sequence[str], adapters: Sequence[AdapterUse] = ()) -> list[Tensors]:
         return [EMBEDS for _ in prompts]
+
+    def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        return ()
 
     def truncated(self, prompt: str) -> str:
         return ""

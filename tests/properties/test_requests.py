@@ -50,7 +50,11 @@ SETTINGS = GatewaySettings(max_image_bytes=2**16)
 # Of the message, and of the SDK where it has a word of its own.
 _FIELDS = types_pb2.GenerateRequest.DESCRIPTOR.fields_by_name
 NAMES = {*_FIELDS, *GenerateOptions.__annotations__}
-NAMES |= {f"{name}.{inner}" for name in ("output", "guidance") for inner in _FIELDS[name].message_type.fields_by_name}
+NAMES |= {
+    f"{name}.{inner}"
+    for name in ("output", "guidance", "control")
+    for inner in _FIELDS[name].message_type.fields_by_name
+}
 
 
 def take(request: types_pb2.GenerateRequest, card: ModelCard = CARDS[0]) -> types_pb2.GenerateRequest:

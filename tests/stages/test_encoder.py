@@ -12,7 +12,7 @@ import pytest
 from streamflow.errors import GenerationError, InvalidRequestError
 from streamflow.flow.programs import Role
 from streamflow.stages.encoder import EncoderStage, prompt_cache_key
-from streamflow.types import EncodeJob, Tensors
+from streamflow.types import AdapterUse, EncodeJob, Tensors
 
 PICTURE = np.stack(np.broadcast_arrays(np.arange(64)[None, :] * 3, np.arange(64)[:, None] * 3, 90), -1).astype(np.uint8)
 
@@ -32,7 +32,7 @@ class Watched:
         self.max_tokens = self._inner.max_tokens
         self.calls: list[list[str]] = []
 
-    def encode(self, prompts: Sequence[str]) -> list[Tensors]:
+    def encode(self, prompts: Sequence[str], adapters: Sequence[AdapterUse] = ()) -> list[Tensors]:
         self.calls.append(list(prompts))
         if "break" in prompts:
             raise ArithmeticError("the network broke")
@@ -42,6 +42,9 @@ class Watched:
             {name: array * factor for name, array in tensors.items()}
             for tensors, factor in zip(encoded, spoil, strict=True)
         ]
+
+    def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
+        return self._inner.relevant(adapters)
 
     def truncated(self, prompt: str) -> str:
         return self._inner.truncated(prompt)
