@@ -73,7 +73,9 @@ class ModelSettings(BaseSettings):
         None, description="Safetensors file with weights to add to the UNet's, as PeRFlow publishes them for any base"
     )
     tiny_vae: Path | None = Field(
-        None, description="Folder (or name on the hub) of a tiny autoencoder, in place of the checkpoint's tiny_vae"
+        None,
+        description="Folder (or name on the hub) of a tiny autoencoder, in place of the checkpoint's tiny_vae; "
+        "family = the one that is published for its family",
     )
     adapters: Path | None = Field(
         None, description="Folder of LoRA adapters that requests may name: NAME.safetensors, or folders NAME"

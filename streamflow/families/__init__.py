@@ -72,6 +72,12 @@ def describe(source: Source, name: str = "") -> ModelCard:
     return card
 
 
+def published_tiny(source: Source) -> str:
+    """The name on the Hugging Face hub of a tiny autoencoder for the family's latents."""
+    name: str = _family(Checkpoint.of(source)).TINY
+    return name
+
+
 def parts_by_stage(source: Source) -> dict[Stage, list[Part]]:
     """Every network of the checkpoint, at the stage that loads it."""
     checkpoint = Checkpoint.of(source)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from streamflow.config import ModelSettings
 from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
+from streamflow.families import published_tiny
 from streamflow.families.checkpoint import Checkpoint
 
 DIGESTS = "digests.json"
+OF_FAMILY = "family"
 _ON_HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?")
 _CONFIGS = ("*.json", "*.txt", "*.model")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -47,7 +49,8 @@ def open_checkpoint(
     """A model on the hub is downloaded, unless it was.
 
     Args:
-        model: a folder, or a name on the hub; so is tiny_vae.
+        model: a folder, or a name on the hub.
+        tiny_vae: likewise; or "family", for the one that is published for the model's family.
         adapters, controls: folders of them.
 
     Raises:
@@ -55,12 +58,13 @@ def open_checkpoint(
         UnavailableError: the hub cannot be reached.
     """
     model = Path(model)
+    folder = local_folder(model, allow_pickle=allow_pickle)
     return Checkpoint(
-        local_folder(model, allow_pickle=allow_pickle),
+        folder,
         label=label or default_name(model),
         flow=flow,
         unet_delta=_existing("unet_delta", unet_delta),
-        tiny_vae=_tiny_vae(tiny_vae, allow_pickle),
+        tiny_vae=_tiny_vae(tiny_vae, folder, allow_pickle),
         adapters=_named("adapters", adapters, (".safetensors",)),
         controls=_named("controls", controls, ()),
         allow_pickle=allow_pickle,
@@ -74,10 +78,13 @@ def default_name(model: Path) -> str:
     return found["repo"].partition("/")[2] if found else ""
 
 
-def local_folder(model: Path, *, allow_pickle: bool = False) -> Path:
+def local_folder(model: Path, *, allow_pickle: bool = False, single: bool = False) -> Path:
     """The folder itself, or that into which a model of the hub, such as `org/name` or `org/name@revision`, was put.
 
     Where the hub's library is told to stay offline (HF_HUB_OFFLINE) only what was downloaded before is found.
+
+    Args:
+        single: one network, rather than a folder for each.
 
     Raises:
         InvalidRequestError: neither a folder nor a model that can be had.
@@ -86,19 +93,19 @@ def local_folder(model: Path, *, allow_pickle: bool = False) -> Path:
     found = None if model.is_dir() else _ON_HUB.fullmatch(str(model))
     if found is None:
         return model
-    return _download(found["repo"], found["revision"], allow_pickle=allow_pickle)
+    return _download(found["repo"], found["revision"], allow_pickle=allow_pickle, single=single)
 
 
-def _download(repo: str, revision: str | None, *, allow_pickle: bool) -> Path:
+def _download(repo: str, revision: str | None, *, allow_pickle: bool, single: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
         message = f"there is no folder {repo}; models of the hub need: pip install 'streamflow[serve]'"
         raise UnavailableError(message) from error
     weights = ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",)
-    wanted = [f"*/{pattern}" for pattern in (*weights, *_CONFIGS)]
+    # Not single files beside the folders: many checkpoints have all weights once more in one.
+    wanted = [pattern if single else f"*/{pattern}" for pattern in (*weights, *_CONFIGS)]
     with _hub_errors(repo, revision):
-        # Not single files beside the folders: many checkpoints have all weights once more in one.
         return Path(
             snapshot_download(
                 repo,
@@ -131,8 +138,11 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise UnavailableError(message) from error
 
 
-def _tiny_vae(given: Path | None, allow_pickle: bool) -> Path | None:
-    return None if given is None else _existing("tiny_vae", local_folder(given, allow_pickle=allow_pickle))
+def _tiny_vae(given: Path | None, folder: Path, allow_pickle: bool) -> Path | None:
+    if given is None:
+        return None
+    published = Path(published_tiny(folder)) if given == Path(OF_FAMILY) else given
+    return _existing("tiny_vae", local_folder(published, allow_pickle=allow_pickle, single=True))
 
 
 def _existing(field: str, path: Path | None) -> Path | None:

@@ -58,6 +58,18 @@ def test_offline_what_was_not_downloaded_is_told(hub: Path, tmp_path: Path, name
         checkpoint_from(settings(tmp_path, name))
 
 
+def test_the_tiny_autoencoder_of_a_family_is_found_by_its_name(hub: Path, diffusion: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(diffusion, tmp_path / "copy")
+    published = tmp_path / "hub" / "models--madebyollin--taesd"
+    (published / "snapshots").mkdir(parents=True)
+    shutil.move(copy / "tiny_vae", published / "snapshots" / COMMIT)
+    (published / "refs").mkdir()
+    (published / "refs" / "main").write_text(COMMIT)
+    checkpoint = checkpoint_from(settings(tmp_path, copy, flow="perflow", tiny_vae="family"))
+    assert checkpoint.tiny_folder == published / "snapshots" / COMMIT
+    assert families.describe(checkpoint).decoders == ("tiny", "full")
+
+
 def test_what_the_scheduler_does_not_tell_is_a_setting(diffusion: Path) -> None:
     """PeRFlow's weights are published beside a scheduler that anybody's are."""
     with pytest.raises(InvalidRequestError, match=r"flow: got 'auto with the scheduler PNDMScheduler'.*set --flow"):
