@@ -31,15 +31,22 @@ def read_models(text: str) -> dict[str, Path]:
     Raises:
         InvalidRequestError: it is written otherwise, or says a name twice.
     """
-    models: dict[str, Path] = {}
-    for item in filter(None, map(str.strip, text.split(","))):
-        name, _, path = item.partition("=")
+    items = [item.strip().partition("=") for item in text.split(",") if item.strip()]
+    for name, equals, path in items:
         if not name or not path:
-            raise InvalidRequestError(_FIELD, item, "NAME=PATH, and a comma between several")
-        if name in models:
-            raise InvalidRequestError(_FIELD, item, f"every name once; {name} is {models[name]} already", _RENAME)
-        models[name] = Path(path)
-    return models
+            raise InvalidRequestError(_FIELD, name + equals + path, "NAME=PATH, and a comma between several")
+    return by_name((name, path) for name, _, path in items)
+
+
+def by_name(models: Iterable[tuple[str, str]]) -> dict[str, Path]:
+    """Folders by name. Raises InvalidRequestError for a name that comes twice."""
+    found: dict[str, Path] = {}
+    for name, path in models:
+        if name in found:
+            allowed = f"every name once; {name} is {found[name]} already"
+            raise InvalidRequestError(_FIELD, f"{name}={path}", allowed, _RENAME)
+        found[name] = Path(path)
+    return found
 
 
 def write_models(models: Mapping[str, Path]) -> str:
@@ -53,10 +60,10 @@ def write_models(models: Mapping[str, Path]) -> str:
 def read_model(text: str) -> tuple[str, str]:
     """Reads PATH or NAME=PATH; the name is empty where there is none.
 
-    What is no name is part of a path, so that `./a=b` is a folder.
+    No name has a slash, so `./a=b` is a folder.
     """
     name, equals, path = text.partition("=")
-    return (name, path) if equals and re.fullmatch(DEPLOYMENT, name) else ("", text)
+    return (name, path) if equals and name and "/" not in name else ("", text)
 
 
 def check_names(names: Iterable[str], *, deployment: str, default: str) -> None:
