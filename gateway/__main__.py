@@ -7,7 +7,8 @@ import sys
 
 import grpc
 
-from gateway.pipeline import Pipeline
+from gateway.models import Models, Served
+from gateway.pipeline import DECODERS_AT_ONCE
 from gateway.servicer import GatewayServicer
 from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings, settings_from
@@ -24,37 +25,45 @@ from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
 
 async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
-    card = describe(checkpoint_from(settings))
     keys = ApiKeys.load(settings.api_keys_file)
     counters = Counters()
-    limits = Limits(
-        max_jobs=settings.max_jobs,
-        max_tenant_jobs=settings.max_tenant_jobs or None,
-        max_reserved_bytes=settings.max_reserved_bytes,
-        tenant_images_per_minute=settings.tenant_images_per_minute,
-    )
-    transport = RedisTransport.of(settings, revision=card.revision, limits=limits)
-    pipeline = Pipeline(transport, card=card, settings=settings, counters=counters)
-    servicer = GatewayServicer(
-        pipeline, transport=transport, card=card, settings=settings, keys=keys, counters=counters
-    )
+    models = _models(settings, counters)
+    servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters)
     name = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
     server = RpcServer(
         settings,
         services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)],
         keys=keys,
         credentials=_credentials(settings),
-        on_drain=pipeline.drain,
+        on_drain=models.drain,
     )
     stop = asyncio.Event()
     try:
         async with server, asyncio.TaskGroup() as tasks:
-            upkeep = keep_up(transport, server, every_s=settings.reap_interval_s, stop=stop)
+            transports = [each.transport for each in models]
+            upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
             tasks.create_task(upkeep, name="upkeep")
             await server.run_until_stopped()
             stop.set()
     finally:
-        await transport.close()
+        await models.close()
+
+
+def _models(settings: GatewaySettings, counters: Counters) -> Models:
+    """All that are served. Limits are of each, as everything is that a deployment counts."""
+    limits = Limits(
+        max_jobs=settings.max_jobs,
+        max_tenant_jobs=settings.max_tenant_jobs or None,
+        max_reserved_bytes=settings.max_reserved_bytes,
+        tenant_images_per_minute=settings.tenant_images_per_minute,
+    )
+    decoding = asyncio.Semaphore(DECODERS_AT_ONCE)
+    served = []
+    for own in settings.each():
+        card = describe(checkpoint_from(own))
+        transport = RedisTransport.of(own, revision=card.revision, limits=limits)
+        served.append(Served.over(transport, card=card, settings=own, counters=counters, decoding=decoding))
+    return Models(served)
 
 
 def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:

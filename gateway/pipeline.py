@@ -27,7 +27,7 @@ _READ_AGAIN_S = 1.0
 # Blobs outlive the deadline of the job that uses them, so that no stage meets a job without its image.
 _BLOB_MARGIN_S = 60.0
 # Decoding takes tens of megabytes at a time.
-_DECODERS_AT_ONCE = 2
+DECODERS_AT_ONCE = 2
 _MOST_LETTERS = 1000
 
 _log = get_logger(__name__)
@@ -58,6 +58,7 @@ class Pipeline:
         card: the model that is served.
         settings: limits and times.
         counters: counts requests and images for the status.
+        decoding: taken while source images are decoded; pipelines of one process share it.
         clock: seconds, monotonic.
     """
 
@@ -68,6 +69,7 @@ class Pipeline:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
+        decoding: asyncio.Semaphore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
@@ -75,7 +77,7 @@ class Pipeline:
         self._settings = settings
         self._counters = counters
         self._clock = clock
-        self._decoding = asyncio.Semaphore(_DECODERS_AT_ONCE)
+        self._decoding = decoding or asyncio.Semaphore(DECODERS_AT_ONCE)
         self._stopping = False
 
     async def drain(self, grace_s: float) -> None:
@@ -111,27 +113,25 @@ class Pipeline:
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
         prompts = fingerprint("\n".join(texts_from_pb(request)))
-        _log.info("admitted", job=new.id, attached=attached, images=new.num_images, prompts=prompts)
+        _log.info("admitted", job=new.id, model=filled.model, attached=attached, images=new.num_images, prompts=prompts)
         return key, attached
 
     async def dead_letters(self, tenant: str, *, count: int) -> list[DeadLetter]:
         return await self._transport.dead_letters(tenant=tenant, count=count)
 
-    async def retry(self, tenant: str, letter_id: str) -> JobKey:
-        """Admits the job of a dead letter again; safe to repeat.
+    async def retry(self, key: JobKey, letter_id: str) -> None:
+        """Admits the job of a dead letter again, as the job `key`; safe to repeat.
 
         Raises:
             NotFoundError: no such letter.
             InvalidRequestError: what it needs is not there any more.
             BusyError, UnavailableError: from the transport.
         """
-        key = JobKey(tenant, f"retry-{letter_id}")
-        letters = {
-            letter.id: letter for letter in await self._transport.dead_letters(tenant=tenant, count=_MOST_LETTERS)
-        }
+        found = await self.dead_letters(key.tenant, count=_MOST_LETTERS)
+        letters = {letter.id: letter for letter in found}
         if letter_id not in letters:
             await self._was_retried(key, letter_id)
-            return key
+            return
         spec = types_pb2.JobSpec.FromString(letters[letter_id].spec)
         if spec.model_revision != self._card.revision:
             hint = "send the request again"
@@ -146,13 +146,12 @@ class Pipeline:
         spec.request.request_id = key.request_id
         await self._admit(self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True), key)
         await self._transport.remove_dead_letter(letter_id)
-        return key
 
     async def _was_retried(self, key: JobKey, letter_id: str) -> None:
         try:
             await self._transport.job(key.job_id)
         except NotFoundError as error:
-            raise NotFoundError(f"no dead letter {letter_id!r}; `streamflow dead list` shows what there is") from error
+            raise no_letter(letter_id) from error
 
     def _new_job(self, key: JobKey, spec: types_pb2.JobSpec, *, digest: str, timeout_s: float, detach: bool) -> NewJob:
         request = spec.request
@@ -312,3 +311,7 @@ class Pipeline:
             event = story.live(published)
             if event is not None:
                 yield event
+
+
+def no_letter(letter_id: str) -> NotFoundError:
+    return NotFoundError(f"no dead letter {letter_id!r}; `streamflow dead list` shows what there is")

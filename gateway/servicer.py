@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import grpc.aio
 
+from gateway.models import Models, Served
 from gateway.pipeline import JobKey, Pipeline
 from gateway.story import Collected, job_to_pb, letter_to_pb
 from streamflow.config import GatewaySettings
@@ -18,8 +20,7 @@ from streamflow.rpc import convert
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.errors import rpc_errors
 from streamflow.telemetry import Counters
-from streamflow.transport.base import JobPlace, JobView, Transport
-from streamflow.types import ModelCard
+from streamflow.transport.base import JobPlace, JobView
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from streamflow.validation import check_request_id
 
@@ -29,35 +30,31 @@ REQUEST_ID_KEY = "streamflow-request-id"
 MAX_PAGE_SIZE = 1000
 DEFAULT_PAGE_SIZE = 100
 
-_LETTER_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?")
+# Behind it the name of a model, where that is not the default one.
+_LETTER_ID = re.compile(r"[0-9]{1,20}(-[0-9]{1,20})?(\.[A-Za-z0-9_-]{1,40})?")
 # When the page's last job was admitted, and its id: a place in the list that stays when the job is gone.
 _PAGE_TOKEN = re.compile(r"([0-9]{1,12}\.[0-9]{1,12}):([A-Za-z0-9._-]{1,64})")
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
-    """Translates calls to the pipeline's and its answers back.
+    """Translates calls to those of a model's pipeline and its answers back.
 
     Args:
-        pipeline: submits and follows jobs.
-        transport: for lists and status.
+        models: what is served.
         keys: tell the tenant of a call.
         clock: seconds since 1970.
     """
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        models: Models,
         *,
-        transport: Transport,
-        card: ModelCard,
         settings: GatewaySettings,
         keys: ApiKeys,
         counters: Counters,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._pipeline = pipeline
-        self._transport = transport
-        self._card = card
+        self._models = models
         self._settings = settings
         self._keys = keys
         self._counters = counters
@@ -66,46 +63,46 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     async def Generate(self, request: types_pb2.GenerateRequest, context: Context) -> None:
         async with rpc_errors(context):
-            key, attached = await self._submit(request, context)
-            await self._stream(key, context, attached=attached)
+            pipeline, key, attached = await self._submit(request, context)
+            await _stream(pipeline, key, context, attached=attached)
 
     async def GenerateImages(
         self, request: types_pb2.GenerateRequest, context: Context
     ) -> gateway_pb2.GenerateImagesResponse:
         async with rpc_errors(context):
-            key, attached = await self._submit(request, context)
+            pipeline, key, attached = await self._submit(request, context)
             collected = Collected(key.request_id)
-            async with self._pipeline.watched(key), aclosing(self._pipeline.follow(key, attached=attached)) as events:
+            async with pipeline.watched(key), aclosing(pipeline.follow(key, attached=attached)) as events:
                 async for event in events:
                     collected.add(event)
             response = collected.response(max_bytes=self._settings.max_message_bytes)
             # gRPC tells nobody whether a unary answer arrived. One that was refused is still to be read in parts.
-            await self._pipeline.delivered(key)
+            await pipeline.delivered(key)
             return response
 
     async def Submit(self, request: types_pb2.GenerateRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
-            key, _ = await self._submit(request, context, detach=True)
+            pipeline, key, _ = await self._submit(request, context, detach=True)
             try:
-                return job_to_pb(key.request_id, await self._pipeline.job(key))
+                return job_to_pb(key.request_id, await pipeline.job(key))
             except NotFoundError as error:
                 # Admitted and forgotten: sent again it is the same request.
                 raise UnavailableError("the store has lost its memory; send the request again") from error
 
     async def GetJob(self, request: gateway_pb2.GetJobRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
-            key = self._key(request.request_id, context)
-            return job_to_pb(key.request_id, await self._pipeline.job(key))
+            pipeline, key = await self._find(request.request_id, context)
+            return job_to_pb(key.request_id, await pipeline.job(key))
 
     async def Watch(self, request: gateway_pb2.WatchRequest, context: Context) -> None:
         async with rpc_errors(context):
-            key = self._key(request.request_id, context)
-            await self._stream(key, context, attached=True)
+            pipeline, key = await self._find(request.request_id, context)
+            await _stream(pipeline, key, context, attached=True)
 
     async def Cancel(self, request: gateway_pb2.CancelRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
-            key = self._key(request.request_id, context)
-            return job_to_pb(key.request_id, await self._pipeline.cancel(key))
+            pipeline, key = await self._find(request.request_id, context)
+            return job_to_pb(key.request_id, await pipeline.cancel(key))
 
     async def ListJobs(self, request: gateway_pb2.ListJobsRequest, context: Context) -> gateway_pb2.ListJobsResponse:
         async with rpc_errors(context):
@@ -113,7 +110,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             tenant = self._tenant(context)
             after = _place(request.page_token, tenant) if request.page_token else None
             # One more than asked for tells whether there is another page.
-            views = await self._transport.jobs(tenant=tenant, after=after, count=size + 1)
+            views = await self._models.jobs(tenant=tenant, after=after, count=size + 1)
             jobs = [job_to_pb(JobKey.of(view).request_id, view) for view in views[:size]]
             token = _page_token(views[size - 1]) if len(views) > size else ""
             return gateway_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
@@ -123,41 +120,41 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     ) -> gateway_pb2.ListDeadLettersResponse:
         async with rpc_errors(context):
             size = _page_size("limit", request.limit)
-            letters = await self._pipeline.dead_letters(self._tenant(context), count=size)
+            letters = await self._models.dead_letters(self._tenant(context), count=size)
             return gateway_pb2.ListDeadLettersResponse(letters=map(letter_to_pb, letters))
 
     async def RetryDeadLetter(self, request: gateway_pb2.RetryDeadLetterRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
             if not _LETTER_ID.fullmatch(request.id):
                 raise InvalidRequestError("id", request.id, "the id of a dead letter, such as 1700000000000-0")
-            key = await self._pipeline.retry(self._tenant(context), request.id)
-            return job_to_pb(key.request_id, await self._pipeline.job(key))
+            pipeline, key = await self._models.retry(self._tenant(context), request.id)
+            return job_to_pb(key.request_id, await pipeline.job(key))
 
     async def ListModels(
         self, request: gateway_pb2.ListModelsRequest, context: Context
     ) -> gateway_pb2.ListModelsResponse:
-        return gateway_pb2.ListModelsResponse(models=[convert.card_to_pb(self._card)])
+        async with rpc_errors(context):
+            live = await asyncio.gather(*(each.live() for each in self._models))
+            models = [convert.card_to_pb(each.card, live=it) for each, it in zip(self._models, live, strict=True)]
+            return gateway_pb2.ListModelsResponse(models=models)
 
     async def Status(self, request: types_pb2.StatusRequest, context: Context) -> gateway_pb2.GatewayStatus:
         async with rpc_errors(context):
             now_s = self._clock()
-            backlog = await self._transport.backlog()
-            stages = [
-                convert.worker_to_pb(worker, backlog=backlog.get(worker.stage), now_s=now_s)
-                for worker in await self._transport.workers()
-            ]
-            return gateway_pb2.GatewayStatus(
-                stages=stages,
-                waiting=backlog.get("waiting", 0),
-                model=self._card.name,
+            answer = gateway_pb2.GatewayStatus(
+                model=self._models.default.card.name,
+                models=self._models.names,
                 uptime_s=now_s - self._started_at_s,
                 counters=self._counters.snapshot(),
             )
+            for each in self._models:
+                await _add_stages(answer, each, now_s=now_s)
+            return answer
 
     async def _submit(
         self, request: types_pb2.GenerateRequest, context: Context, *, detach: bool = False
-    ) -> tuple[JobKey, bool]:
-        key, attached = await self._pipeline.submit(
+    ) -> tuple[Pipeline, JobKey, bool]:
+        pipeline, key, attached = await self._models.submit(
             request,
             tenant=self._tenant(context),
             remaining_s=context.time_remaining(),
@@ -165,20 +162,31 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         )
         # Headers tell the client that the request is admitted: from here on it watches instead of sending again.
         await context.send_initial_metadata(((REQUEST_ID_KEY, key.request_id),))
-        return key, attached
+        return pipeline, key, attached
 
-    async def _stream(self, key: JobKey, context: Context, *, attached: bool) -> None:
-        async with self._pipeline.watched(key), aclosing(self._pipeline.follow(key, attached=attached)) as events:
-            async for event in events:
-                await context.write(event)
-        await self._pipeline.delivered(key)
-
-    def _key(self, request_id: str, context: Context) -> JobKey:
+    async def _find(self, request_id: str, context: Context) -> tuple[Pipeline, JobKey]:
         check_request_id(request_id)
-        return JobKey(self._tenant(context), request_id)
+        key = JobKey(self._tenant(context), request_id)
+        return await self._models.having(key), key
 
     def _tenant(self, context: Context) -> str:
         return self._keys.tenant(context.invocation_metadata())
+
+
+async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached: bool) -> None:
+    async with pipeline.watched(key), aclosing(pipeline.follow(key, attached=attached)) as events:
+        async for event in events:
+            await context.write(event)
+    await pipeline.delivered(key)
+
+
+async def _add_stages(answer: gateway_pb2.GatewayStatus, served: Served, *, now_s: float) -> None:
+    backlog = await served.transport.backlog()
+    answer.waiting += backlog.get("waiting", 0)
+    answer.stages.extend(
+        convert.worker_to_pb(worker, backlog=backlog.get(worker.stage), now_s=now_s)
+        for worker in await served.transport.workers()
+    )
 
 
 def _page_size(field: str, size: int) -> int:

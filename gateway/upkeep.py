@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 
 from streamflow.errors import BusyError, UnavailableError
@@ -13,11 +14,11 @@ from streamflow.transport.base import Transport
 _log = get_logger(__name__)
 
 
-async def keep_up(transport: Transport, server: RpcServer, *, every_s: float, stop: asyncio.Event) -> None:
-    """Reaps, and turns readiness with the transport, until told to stop."""
+async def keep_up(transports: Sequence[Transport], server: RpcServer, *, every_s: float, stop: asyncio.Event) -> None:
+    """Reaps, and turns readiness with the transports, until told to stop. They are over one Redis."""
     ready: bool | None = None
     while not stop.is_set():
-        was, ready = ready, await _reap(transport)
+        was, ready = ready, all(await asyncio.gather(*map(_reap, transports)))
         if ready is not was:
             _log.info("transport takes work" if ready else "transport takes no work")
         await server.set_ready(ready)

@@ -10,10 +10,13 @@ import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from streamflow.errors import InvalidRequestError
+from streamflow.model_names import DEPLOYMENT, check_names, deployment_of, name_of, read_models
 
 
 def default_model() -> Path:
@@ -35,14 +38,20 @@ def default_engines() -> Path:
     return default_cache() / "engines"
 
 
-class Settings(BaseSettings):
-    """What every process of a deployment needs to know."""
+class NameSettings(BaseSettings):
+    """What a deployment and its model are called."""
 
-    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore", env_ignore_empty=True)
 
     deployment: str = Field(
-        "default", pattern=r"^[A-Za-z0-9_-]{1,40}$", description="Name of the deployment; part of every Redis key"
+        "default", pattern=f"^{DEPLOYMENT}$", description="Name of the deployment; part of every Redis key"
     )
+    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
+
+
+class Settings(NameSettings):
+    """What every process of a deployment needs to know."""
+
     redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, 6.2 or newer")
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
@@ -56,16 +65,13 @@ class Settings(BaseSettings):
     job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
 
 
-class ModelSettings(BaseSettings):
+class ModelSettings(NameSettings):
     """Which checkpoint is served, and as what: the same in every process of a deployment."""
-
-    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
 
     model: Path = Field(
         default_factory=default_model,
         description="Checkpoint folder in diffusers layout, or a name on the Hugging Face hub: org/name[@revision]",
     )
-    model_name: str = Field("", description="Name that clients use; empty = the folder's name")
     flow: Literal["auto", "rectified", "instaflow", "2rf", "perflow"] = Field(
         "auto", description="What the weights were distilled to, where the checkpoint's scheduler does not tell"
     )
@@ -85,6 +91,10 @@ class ModelSettings(BaseSettings):
         False, description="Load weights that are not safetensors; such files can run code: only where you trust them"
     )
     cache: Path = Field(default_factory=default_cache, description="Where digests of weights are remembered")
+
+
+OF_ONE_MODEL = ("flow", "unet_delta", "tiny_vae", "adapters", "controls")
+"""Settings of the default model that are nothing to further ones."""
 
 
 class EngineSettings(BaseSettings):
@@ -141,6 +151,11 @@ class GatewaySettings(ModelSettings, Settings):
     """What the gateway needs besides."""
 
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
+    more_models: Annotated[dict[str, Path], NoDecode] = Field(
+        default_factory=dict,
+        description="Further models as NAME=PATH, with commas between them; the stages of each are those of the "
+        "deployment DEPLOYMENT-NAME",
+    )
     api_keys_file: Path | None = Field(
         None, description="File with one `key tenant` a line; none = no keys are asked for"
     )
@@ -165,6 +180,29 @@ class GatewaySettings(ModelSettings, Settings):
         30.0, gt=0, description="A job that is not detached ends when nobody watched it so long"
     )
     reap_interval_s: float = Field(1.0, gt=0, description="How often expired jobs and results are cleared")
+
+    @field_validator("more_models", mode="before")
+    @classmethod
+    def _read_models(cls, given: object) -> object:
+        return read_models(given) if isinstance(given, str) else given
+
+    @field_validator("more_models")
+    @classmethod
+    def _check_names(cls, models: dict[str, Path], info: ValidationInfo) -> dict[str, Path]:
+        # What has been refused already is not among them.
+        if {"deployment", "model", "model_name"} <= info.data.keys():
+            default = name_of(info.data["model"], info.data["model_name"])
+            check_names(models, deployment=info.data["deployment"], default=default)
+        return models
+
+    def each(self) -> list[GatewaySettings]:
+        """Those of every model as if it were alone, the default model's first."""
+        plain = {name: ModelSettings.model_fields[name].default for name in OF_ONE_MODEL}
+        further = (
+            {**plain, "deployment": deployment_of(self.deployment, name), "model": folder, "model_name": name}
+            for name, folder in self.more_models.items()
+        )
+        return [self.model_copy(update={"more_models": {}, **own}) for own in ({}, *further)]
 
 
 class ClientSettings(BaseSettings):
@@ -215,8 +253,12 @@ def _wrong(kind: type[Settings]) -> Iterator[tuple[str, str]]:
 
 def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
     for one in error.errors():
-        name = ".".join(map(str, one["loc"]))
-        yield name, f"{name}: got {one['input']!r}; {one['msg']}"
+        name, ours = ".".join(map(str, one["loc"])), one.get("ctx", {}).get("error")
+        # Our own say all of it themselves.
+        yield (
+            name,
+            str(ours) if isinstance(ours, InvalidRequestError) else f"{name}: got {one['input']!r}; {one['msg']}",
+        )
 
 
 def _refuse(lines: Iterable[str], program: str) -> NoReturn:

@@ -10,23 +10,32 @@ from typing import Any
 import pytest
 import yaml
 
+from streamflow.model_names import deployment_of, read_models
+
 ROOT = Path(__file__).parent.parent
 STAGES = ("encoder", "denoiser", "decoder")
+FILE, TWO_MODELS = "docker-compose.yml", "examples/two-models.compose.yml"
+
+
+def load(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / name).read_text("utf-8"))
+    return loaded
 
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
-    return loaded
+    return load(FILE)
 
 
-def test_compose_accepts_the_file() -> None:
+@pytest.mark.parametrize("names", [[FILE], [FILE, TWO_MODELS]])
+def test_compose_accepts_the_files(names: list[str]) -> None:
     command = next((name for name in ("docker-compose", "docker") if shutil.which(name)), None)
     if command is None:
         pytest.skip("neither docker-compose nor docker is installed")
     arguments = ["compose"] if command == "docker" else []
     if arguments and subprocess.run([command, "compose", "version"], capture_output=True).returncode:
         pytest.skip("docker has no compose plugin")
+    arguments += [part for name in names for part in ("-f", name)]
     result = subprocess.run([command, *arguments, "config", "-q"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -62,3 +71,22 @@ def test_dockerfile_copies_what_exists(compose: dict[str, Any], name: str) -> No
         if line.startswith("COPY"):
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), line
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gateway_finds_the_stages_of_a_second_model(compose: dict[str, Any], stage: str) -> None:
+    two = load(TWO_MODELS)["services"]
+    [(name, folder)] = read_models(two["gateway"]["environment"]["STREAMFLOW_MORE_MODELS"]).items()
+    first, second = compose["services"][stage], two[f"{name}-{stage}"]
+    # As what its weights are served, a further model's folder says.
+    shared = {key: value for key, value in first["environment"].items() if key != "STREAMFLOW_FLOW"}
+    assert second["environment"] == {
+        **shared,
+        "STREAMFLOW_MODEL_NAME": name,
+        "STREAMFLOW_DEPLOYMENT": deployment_of(first["environment"]["STREAMFLOW_DEPLOYMENT"], name),
+    }
+    # The checkpoint is one and the same.
+    [mounted] = two["gateway"]["volumes"]
+    assert mounted == second["volumes"][0].replace(":/model:", f":{folder}:")
+    alike = set(first) - {"environment", "volumes"}
+    assert {key: second[key] for key in alike} == {key: first[key] for key in alike}

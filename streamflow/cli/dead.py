@@ -80,6 +80,7 @@ def show(
         "request": f"{letter.request_id}, image {letter.index}",
         "stage": f"{letter.service}, {letter.attempts} attempts",
         "why": letter.reason,
+        "model": letter.model,
         "prompts": "\n".join(letter.prompts),
         "seed": letter.seed,
         "steps": letter.steps,

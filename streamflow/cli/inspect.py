@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,6 +65,8 @@ def models(
 ) -> None:
     """List the models of a gateway with their defaults and limits; or say what a checkpoint is and what it takes.
 
+    A model is live while every stage has a replica that takes work for it; the first one is the default.
+
     With a CHECKPOINT no gateway is asked: its configs and the headers of its weights tell which networks each service
     would load, and how much memory they take.
 
@@ -86,6 +88,7 @@ def models(
         print_json([asdict(model) for model in found])
         return
     about = {
+        "live": ["yes" if model.live else "no" for model in found],
         "family": [model.family for model in found],
         "revision": [model.revision[:12] for model in found],
         "size": [f"{m.default_width}x{m.default_height} (up to {m.max_width}x{m.max_height})" for m in found],
@@ -173,13 +176,26 @@ def _status_table(status: Status) -> Table:
             stage.backlog,
             "draining" if stage.draining else _duration(stage.uptime_s),
         )
-        for stage in sorted(status.stages, key=lambda stage: (_ORDER.get(stage.stage, 9), stage.worker_id))
+        for stage in sorted(status.stages, key=lambda stage: _place(stage, status.models))
     ]
-    present = {stage.stage for stage in status.stages}
-    missing = [(name, "none", "", "", "", "", "images wait for one") for name in _ORDER if name not in present]
+    missing = [(stage, "none", model, "", "", "", "images wait for one") for model, stage in _missing(status)]
     shown = table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=[*rows, *missing])
-    shown.title = f"{status.model}: {len(status.stages)} replicas, {status.waiting} images waiting"
+    shown.title = f"{', '.join(status.models)}: {len(status.stages)} replicas, {status.waiting} images waiting"
     return shown
+
+
+def _place(stage: StageStatus, models: Sequence[str]) -> tuple[int, int, str]:
+    """The models in their order, and the stages of each in theirs."""
+    model = models.index(stage.model) if stage.model in models else len(models)
+    return model, _ORDER.get(stage.stage, len(_ORDER)), stage.worker_id
+
+
+def _missing(status: Status) -> Iterator[tuple[str, str]]:
+    """Model and stage where there is no replica."""
+    for model in status.models:
+        # The stages of the only model are its own, whatever they call it.
+        present = {stage.stage for stage in status.stages if stage.model == model or len(status.models) == 1}
+        yield from ((model, stage) for stage in _ORDER if stage not in present)
 
 
 def _cost(stage: StageStatus) -> str:

@@ -12,21 +12,21 @@ import os
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 from urllib.parse import urlsplit
 
-import grpc
-import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
+from streamflow.cli.model_settings import folder_of, settings_by_model
+from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
 from streamflow.config import EngineSettings, child_environment
-from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
-from streamflow.families import check_checkpoint
+from streamflow.errors import InvalidRequestError, NotFoundError
+from streamflow.families.source import default_name
+from streamflow.model_names import write_models
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
 
 SERVICES: Mapping[str, str] = {
@@ -44,10 +44,8 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "decoder": (sys.executable, "-m", "services.decoder"),
 }
 
-_PROBE_S = 0.1
 # What a process needs on top of its drain to end.
 _EXIT_S = 5.0
-_PROBE_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
 
 
 class LocalDeployment:
@@ -55,10 +53,11 @@ class LocalDeployment:
 
     Args:
         model: checkpoint folder.
+        more_models: checkpoint folders of further models by name; each has replicas of its own.
         host, port: where the gateway listens; port 0 takes a free one.
         redis_url: of a running Redis; None = a private one that ends with the deployment.
         data_dir: where the private Redis keeps its data; None = a temporary folder.
-        encoders, denoisers, decoders: replicas.
+        encoders, denoisers, decoders: replicas, of every model.
         deterministic, threads: of every stage; None = what its environment says.
         slots: of every denoiser; 0 = its default.
         settings: further settings for every process, by field name (see streamflow.config).
@@ -77,6 +76,7 @@ class LocalDeployment:
         self,
         *,
         model: str | Path = "models/shapes",
+        more_models: Mapping[str, str | Path] = MappingProxyType({}),
         host: str = LOOPBACK,
         port: int = 0,
         redis_url: str | None = None,
@@ -94,25 +94,29 @@ class LocalDeployment:
         grace_s: float = 20.0,
         commands: Mapping[str, Sequence[str]] = COMMANDS,
     ) -> None:
-        check_checkpoint(model)
         self._host, self._port, self._redis_url, self._data_dir = host, port, redis_url, data_dir
         self._replicas = {"encoder": encoders, "denoiser": denoisers, "decoder": decoders}
         self._slots, self._commands = slots, commands
-        given = {"deterministic": deterministic, "threads": threads}
+        given, called = {"deterministic": deterministic, "threads": threads}, default_name(Path(model))
         self._settings = {
-            "model": Path(model).absolute(),
+            "model": folder_of(model),
+            **({"model_name": called} if called else {}),
             **{name: value for name, value in given.items() if value is not None},
             "log_format": "text",
             "drain_grace_s": grace_s,
             **settings,
         }
+        self._models = settings_by_model(self._settings, more_models)
+        folders = {name: own["model"] for name, own in self._models.items() if own}
+        self._settings["more_models"] = write_models(folders)
         self._log_dir, self._user_on_line = log_dir, on_line
         makes_engines = self._settings.get("make_engines", EngineSettings().make_engines)
         self._ready_timeout_s = ready_timeout_s or (7200.0 if makes_engines else 180.0)
         self._grace_s = grace_s
         self._processes: dict[str, Supervised] = {}
         self._addresses: dict[str, str] = {}
-        self._numbers = dict.fromkeys(self._replicas, 0)
+        self._numbers = Counter[tuple[str, str]]()
+        self._model_of: dict[str, str] = {}
         self._stack = AsyncExitStack()
         self._tasks = asyncio.TaskGroup()
 
@@ -126,8 +130,20 @@ class LocalDeployment:
 
     @property
     def addresses(self) -> Mapping[str, str]:
-        """`host:port` of every process, by name: gateway, encoder-1, denoiser-1 ..., and redis if it is ours."""
+        """`host:port` of every process, by name: gateway, encoder-1, denoiser-1 ..., and redis if it is ours.
+
+        Those of a further model have its name in front, as in `shapes-encoder-1`.
+        """
         return self._addresses
+
+    @property
+    def models(self) -> Sequence[str]:
+        """Names of what is served, the default one first."""
+        return list(self._models)
+
+    def model_of(self, name: str) -> str:
+        """The model that a process works for; empty for those that work for all."""
+        return self._model_of.get(name, "")
 
     @property
     def redis_url(self) -> str:
@@ -150,8 +166,9 @@ class LocalDeployment:
             else:
                 await check_redis(self._redis_url)
             names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port(self._host))]
-            for kind, count in self._replicas.items():
-                names += [self._launch_replica(kind) for _ in range(count)]
+            for model in self._models:
+                for kind, count in self._replicas.items():
+                    names += [self._launch_replica(kind, model) for _ in range(count)]
             await self.wait_ready(*names)
         except BaseException:
             await self._stack.aclose()
@@ -193,11 +210,13 @@ class LocalDeployment:
         await self._process(name).restart()
         await self.wait_ready(name)
 
-    async def add(self, kind: str) -> str:
-        """Another encoder, denoiser or decoder; returns its name when it is ready."""
+    async def add(self, kind: str, model: str = "") -> str:
+        """Another encoder, denoiser or decoder of a model (empty: the default one); its name when it is ready."""
         if kind not in self._replicas:
             raise InvalidRequestError("kind", kind, ", ".join(self._replicas))
-        name = self._launch_replica(kind)
+        if model and model not in self._models:
+            raise InvalidRequestError("model", model, ", ".join(self._models))
+        name = self._launch_replica(kind, model or self.models[0])
         await self.wait_ready(name)
         return name
 
@@ -205,6 +224,7 @@ class LocalDeployment:
         """SIGTERM; returns when it has ended. It is not started again."""
         await self._process(name).stop()
         del self._processes[name], self._addresses[name]
+        self._model_of.pop(name, None)
 
     def _check_settings(self) -> None:
         """What would otherwise be found out by a process that is started again and again."""
@@ -236,10 +256,14 @@ class LocalDeployment:
         self._redis_url = program.url
         self._addresses["redis"] = urlsplit(program.url).netloc.rpartition("@")[2]
 
-    def _launch_replica(self, kind: str) -> str:
-        self._numbers[kind] += 1
-        extra = {"slots": self._slots} if kind == "denoiser" else {}
-        return self._launch(f"{kind}-{self._numbers[kind]}", kind, host=LOOPBACK, port=free_port(), **extra)
+    def _launch_replica(self, kind: str, model: str) -> str:
+        self._numbers[kind, model] += 1
+        name = f"{kind}-{self._numbers[kind, model]}"
+        if model != self.models[0]:
+            name = f"{model}-{name}"
+        self._model_of[name] = model
+        own = {**self._models[model], **({"slots": self._slots} if kind == "denoiser" else {})}
+        return self._launch(name, kind, host=LOOPBACK, port=free_port(), **own)
 
     def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:
         settings = {**self._settings, "redis_url": self.redis_url, "host": host, "port": port, **extra}
@@ -284,35 +308,3 @@ class LocalDeployment:
         for names in (["gateway"], stages, ["redis"]):
             found = [self._processes[name] for name in names if name in self._processes]
             await asyncio.gather(*(process.stop() for process in found))
-
-
-async def check_redis(url: str) -> None:
-    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError for no URL."""
-    from redis.asyncio import Redis
-    from redis.exceptions import RedisError
-
-    where = url.rpartition("@")[2]
-    try:
-        where = urlsplit(url).netloc.rpartition("@")[2] or url
-        async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0) as client:
-            await client.ping()
-    except ValueError as error:
-        allowed = "redis://HOST:PORT/0, rediss:// for TLS, or unix:// for a socket"
-        raise InvalidRequestError("redis_url", where, allowed) from error
-    except (RedisError, OSError) as error:
-        raise UnavailableError(f"the Redis at {where} cannot be used: {error}") from error
-
-
-async def serving(address: str, service: str) -> None:
-    """Returns when the process at `address` says that `service` is ready."""
-    request = health_pb2.HealthCheckRequest(service=service)
-    async with grpc.aio.insecure_channel(address, options=_PROBE_OPTIONS) as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)
-        while True:
-            try:
-                answer = await stub.Check(request, timeout=2.0)
-                if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                    return
-            except grpc.aio.AioRpcError:  # not there yet: its exit is noticed elsewhere
-                pass
-            await asyncio.sleep(_PROBE_S)

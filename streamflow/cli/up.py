@@ -11,21 +11,26 @@ if TYPE_CHECKING:
     from streamflow.cli.supervisor import LocalDeployment
 
 
-_OWN = frozenset({"host", "port", "redis_url", "model", "log_format", "drain_grace_s"})
+_OWN = frozenset({"host", "port", "redis_url", "model", "more_models", "log_format", "drain_grace_s"})
 """Settings that this command gives to its processes, whatever the environment says."""
 
 
 def up(
     model: Annotated[
-        Path | None, typer.Option(help="Checkpoint folder in diffusers layout; by default the built-in model.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]PATH",
+            help="Checkpoint folder in diffusers layout; by default the built-in model. Several are served side by "
+            "side, the first one to requests that name none.",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Where the gateway listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = 50051,
     redis_url: Annotated[str | None, typer.Option(help="A running Redis; by default a private one is started.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Where the private Redis keeps jobs; default: nowhere.")] = None,
-    encoders: Annotated[int, typer.Option(min=0, help="Text encoder processes.")] = 1,
-    denoisers: Annotated[int, typer.Option(min=0, help="Denoiser processes.")] = 1,
-    decoders: Annotated[int, typer.Option(min=0, help="Decoder processes.")] = 1,
+    encoders: Annotated[int, typer.Option(min=0, help="Text encoder processes of each model.")] = 1,
+    denoisers: Annotated[int, typer.Option(min=0, help="Denoiser processes of each model.")] = 1,
+    decoders: Annotated[int, typer.Option(min=0, help="Decoder processes of each model.")] = 1,
     deterministic: Annotated[bool | None, typer.Option(help="Equal bytes whatever runs beside.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Images in a denoiser's batch; 0 = its default.")] = 0,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of each stage; 0 = its default.")] = None,
@@ -42,18 +47,22 @@ def up(
     Examples:
         streamflow up
         streamflow up --model checkpoints/stable-diffusion-1.5 --decoders 2
+        streamflow up --model models/shapes --model sd15=checkpoints/stable-diffusion-1.5
         streamflow up --port 0 --redis-url redis://127.0.0.1:6379/0 --log-dir logs
     """
     import asyncio
 
     from streamflow.cli.supervisor import LocalDeployment
     from streamflow.config import check_environment, default_model
+    from streamflow.model_names import by_name, name_of, read_model
 
     given = {"deterministic": deterministic, "threads": threads}
     # What else the environment says is told of here, once, rather than by every process.
     check_environment(but=_OWN | {name for name, value in given.items() if value is not None}, program="streamflow up")
+    (name, folder), *others = map(read_model, model or [str(default_model())])
     deployment = LocalDeployment(
-        model=model or default_model(),
+        model=folder,
+        more_models=by_name((other or name_of(path), path) for other, path in others),
         host=host,
         port=port,
         redis_url=redis_url,
@@ -64,6 +73,7 @@ def up(
         deterministic=deterministic,
         slots=slots,
         threads=threads,
+        settings={"model_name": name} if name else {},
         log_dir=log_dir,
         on_line=_print_supervisor if log_dir else _print_line,
     )
@@ -102,11 +112,13 @@ def _print_table(deployment: LocalDeployment) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    several = len(deployment.models) > 1
     table = Table(title="StreamFlow is ready")
-    for column in ("process", "pid", "address"):
+    for column in ("process", "pid", "address", *(["model"] if several else [])):
         table.add_column(column)
     for name, process in deployment.processes.items():
-        table.add_row(name, str(process.pid), deployment.addresses[name])
+        model = [deployment.model_of(name)] if several else []
+        table.add_row(name, str(process.pid), deployment.addresses[name], *model)
     console = Console()
     console.print(table)
     where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"

@@ -49,7 +49,7 @@ class DeadLetter:
         index: of the image.
         service, attempts, reason: where, after how many attempts, and what the client was told.
         at_s: by the server's clock, seconds since 1970.
-        prompts, seed, steps, sampler: of the request.
+        model, prompts, seed, steps, sampler: of the request.
     """
 
     id: str
@@ -59,6 +59,7 @@ class DeadLetter:
     attempts: int
     reason: str
     at_s: float
+    model: str
     prompts: tuple[str, ...]
     seed: int
     steps: int
@@ -74,6 +75,7 @@ class DeadLetter:
             attempts=letter.attempts,
             reason=letter.reason,
             at_s=letter.at_s,
+            model=letter.request.model,
             prompts=tuple(letter.request.prompts),
             seed=letter.request.seed,
             steps=letter.request.steps,
@@ -86,6 +88,7 @@ class Model:
     """What a model offers, and the values that unset fields take. Sizes are pixels.
 
     Attributes:
+        live: whether every stage has a replica of this revision that takes work; otherwise requests wait for one.
         class_labels: how many there are, for a model that takes them in place of prompts; 0 = it takes prompts.
         embedded_guidance: guidance_scale is fed to the network; guidance with a negative prompt is true_cfg_scale.
         adapters, controls: names of LoRA adapters and ControlNets that requests may use.
@@ -106,6 +109,7 @@ class Model:
     samplers: tuple[str, ...]
     decoders: tuple[DecoderKind, ...]
     max_prompt_tokens: int
+    live: bool
     class_labels: int
     embedded_guidance: bool
     adapters: tuple[str, ...]
@@ -129,6 +133,7 @@ class Model:
             samplers=tuple(model.samplers),
             decoders=tuple(decoder_from_pb(kind) for kind in model.decoders),
             max_prompt_tokens=model.max_prompt_tokens,
+            live=model.live,
             class_labels=model.class_labels,
             embedded_guidance=model.embedded_guidance,
             adapters=tuple(model.adapters),
@@ -185,11 +190,16 @@ class StageStatus:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """A deployment: its replicas, and the images admitted and not yet released to them."""
+    """A deployment: its replicas, and the images admitted and not yet released to them.
+
+    Attributes:
+        model, models: the default one, and all of them with that one first.
+    """
 
     stages: tuple[StageStatus, ...]
     waiting: int
     model: str
+    models: tuple[str, ...]
     uptime_s: float
     counters: Mapping[str, int] = field(repr=False)
 
@@ -199,6 +209,7 @@ class Status:
             stages=tuple(StageStatus.from_pb(stage) for stage in status.stages),
             waiting=status.waiting,
             model=status.model,
+            models=tuple(status.models),
             uptime_s=status.uptime_s,
             counters=dict(status.counters),
         )

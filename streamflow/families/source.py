@@ -53,20 +53,28 @@ def open_checkpoint(
         tiny_vae: likewise; or "family", for the one that is published for the model's family.
         adapters, controls: folders of them.
 
+    What is not given may be said in the checkpoint's streamflow.json, as paths in its folder.
+
     Raises:
         InvalidRequestError: there is no such folder or model, or what belongs to it is not there.
         UnavailableError: the hub cannot be reached.
     """
     model = Path(model)
     folder = local_folder(model, allow_pickle=allow_pickle)
+    advice = Checkpoint(folder).recommended
+
+    def beside(field: str, given: Path | None) -> Path | None:
+        """What was given, or what the checkpoint says, as a path in its folder."""
+        return given or (folder / advice[field] if field in advice else None)
+
     return Checkpoint(
         folder,
         label=label or default_name(model),
         flow=flow,
-        unet_delta=_existing("unet_delta", unet_delta),
-        tiny_vae=_tiny_vae(tiny_vae, folder, allow_pickle),
-        adapters=_named("adapters", adapters, (".safetensors",)),
-        controls=_named("controls", controls, ()),
+        unet_delta=_existing("unet_delta", beside("unet_delta", unet_delta)),
+        tiny_vae=_tiny_vae(beside("tiny_vae", tiny_vae), folder, allow_pickle),
+        adapters=_named("adapters", beside("adapters", adapters), (".safetensors",)),
+        controls=_named("controls", beside("controls", controls), ()),
         allow_pickle=allow_pickle,
         digests=digests,
     )

@@ -175,7 +175,7 @@ def worker_to_pb(
     )
 
 
-def card_to_pb(card: ModelCard) -> gateway_pb2.Model:
+def card_to_pb(card: ModelCard, *, live: bool) -> gateway_pb2.Model:
     return gateway_pb2.Model(
         name=card.name,
         revision=card.revision,
@@ -192,6 +192,7 @@ def card_to_pb(card: ModelCard) -> gateway_pb2.Model:
         samplers=card.samplers,
         decoders=[decoder_to_pb(kind) for kind in card.decoders],
         max_prompt_tokens=card.max_prompt_tokens,
+        live=live,
         class_labels=card.class_labels,
         embedded_guidance=card.embedded_guidance,
         adapters=card.adapters,

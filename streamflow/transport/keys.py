@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from streamflow.model_names import DEPLOYMENT
 from streamflow.types import Stage
 
 # What every script gets as KEYS, in the order in which scripts/common.lua names them.
@@ -21,7 +22,7 @@ class Keys:
     """
 
     def __init__(self, deployment: str, revision: str = "") -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", deployment):
+        if not re.fullmatch(DEPLOYMENT, deployment):
             raise ValueError(f"deployment: got {deployment!r}; allowed: 1 to 40 of A-Z a-z 0-9 _ -")
         self.prefix = f"sf:v1:{{{deployment}}}:"
         self.revision = revision

@@ -230,7 +230,7 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "revision", "family", "default_width", "default_height", "size_multiple", "max_width", "max_height", "default_steps", "max_steps", "default_guidance_scale", "default_sampler", "samplers", "decoders", "max_prompt_tokens", "class_labels", "embedded_guidance", "adapters", "controls")
+    __slots__ = ("name", "revision", "family", "default_width", "default_height", "size_multiple", "max_width", "max_height", "default_steps", "max_steps", "default_guidance_scale", "default_sampler", "samplers", "decoders", "max_prompt_tokens", "live", "class_labels", "embedded_guidance", "adapters", "controls")
     NAME_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -246,6 +246,7 @@ class Model(_message.Message):
     SAMPLERS_FIELD_NUMBER: _ClassVar[int]
     DECODERS_FIELD_NUMBER: _ClassVar[int]
     MAX_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LIVE_FIELD_NUMBER: _ClassVar[int]
     CLASS_LABELS_FIELD_NUMBER: _ClassVar[int]
     EMBEDDED_GUIDANCE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
@@ -265,11 +266,12 @@ class Model(_message.Message):
     samplers: _containers.RepeatedScalarFieldContainer[str]
     decoders: _containers.RepeatedScalarFieldContainer[_types_pb2.DecoderKind]
     max_prompt_tokens: int
+    live: bool
     class_labels: int
     embedded_guidance: bool
     adapters: _containers.RepeatedScalarFieldContainer[str]
     controls: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., family: _Optional[str] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., size_multiple: _Optional[int] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ..., default_sampler: _Optional[str] = ..., samplers: _Optional[_Iterable[str]] = ..., decoders: _Optional[_Iterable[_Union[_types_pb2.DecoderKind, str]]] = ..., max_prompt_tokens: _Optional[int] = ..., class_labels: _Optional[int] = ..., embedded_guidance: bool = ..., adapters: _Optional[_Iterable[str]] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., revision: _Optional[str] = ..., family: _Optional[str] = ..., default_width: _Optional[int] = ..., default_height: _Optional[int] = ..., size_multiple: _Optional[int] = ..., max_width: _Optional[int] = ..., max_height: _Optional[int] = ..., default_steps: _Optional[int] = ..., max_steps: _Optional[int] = ..., default_guidance_scale: _Optional[float] = ..., default_sampler: _Optional[str] = ..., samplers: _Optional[_Iterable[str]] = ..., decoders: _Optional[_Iterable[_Union[_types_pb2.DecoderKind, str]]] = ..., max_prompt_tokens: _Optional[int] = ..., live: bool = ..., class_labels: _Optional[int] = ..., embedded_guidance: bool = ..., adapters: _Optional[_Iterable[str]] = ..., controls: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsResponse(_message.Message):
     __slots__ = ("models",)
@@ -278,7 +280,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
-    __slots__ = ("stages", "waiting", "model", "uptime_s", "counters")
+    __slots__ = ("stages", "waiting", "model", "uptime_s", "counters", "models")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -291,9 +293,11 @@ class GatewayStatus(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
     stages: _containers.RepeatedCompositeFieldContainer[_types_pb2.StageStatus]
     waiting: int
     model: str
     uptime_s: float
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, stages: _Optional[_Iterable[_Union[_types_pb2.StageStatus, _Mapping]]] = ..., waiting: _Optional[int] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    models: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, stages: _Optional[_Iterable[_Union[_types_pb2.StageStatus, _Mapping]]] = ..., waiting: _Optional[int] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...

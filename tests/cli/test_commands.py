@@ -17,9 +17,11 @@ from typer.testing import CliRunner, Result
 from streamflow.cli.app import app
 from streamflow.cli.progress import half_blocks
 from streamflow.client import Client
+from streamflow.config import default_model
 from streamflow.types import JobState
 from tests.client.deployment import Deployment, in_thread
 
+SHAPES = str(default_model().absolute())
 COMMANDS = ("up", "generate", "edit", "samplers", "status", "models", "jobs", "cancel")
 
 
@@ -205,6 +207,10 @@ def test_samplers_that_cannot_be_shown_are_refused(arguments: list[str], code: i
         (["status", "--address", "127.0.0.1:1"], 3, "no StreamFlow gateway answers"),
         (["up", "--model", "/nowhere"], 2, "/nowhere"),
         (["up", "--model", "/etc"], 2, "model: got '/etc'"),
+        (["up", "--model", SHAPES, "--model", SHAPES], 2, "more_models: got 'shapes'; allowed: a name other than"),
+        (["up", "--model", SHAPES, "--model", "v1.5=" + SHAPES], 2, "more_models: got 'v1.5'"),
+        (["up", *3 * ["--model", "a=" + SHAPES]], 2, "more_models: got 'a=/"),
+        (["up", "--model", "a=" + SHAPES, "--model", "/nowhere"], 2, "model: got '/nowhere'"),
         (["up", "--redis-url", "foo"], 2, "redis_url: got 'foo'"),
         (["up", "--data-dir", "file"], 2, "data_dir: got 'file'"),
         (["up", "--host", "300.1.1.1"], 2, "host: got '300.1.1.1'"),

@@ -98,6 +98,62 @@ async def _try_out(deployment: LocalDeployment, lines: list[tuple[str, str]]) ->
         await deployment.add("gateway")
 
 
+async def test_every_model_has_replicas_of_its_own() -> None:
+    lines: list[tuple[str, str]] = []
+    async with LocalDeployment(
+        model=SHAPES,
+        more_models={"rings": SHAPES, "stars": SHAPES},
+        commands=LIGHT,
+        denoisers=2,
+        decoders=0,
+        settings={"deployment": "test"},
+        on_line=lambda name, line: lines.append((name, line)),
+    ) as deployment:
+        await _try_out_models(deployment, lines)
+    assert {name for name, line in lines if line == "stopping"} >= {"encoder-1", "rings-encoder-1", "stars-encoder-1"}
+
+
+async def _try_out_models(deployment: LocalDeployment, lines: list[tuple[str, str]]) -> None:
+    assert deployment.models == ["shapes", "rings", "stars"]
+    replicas = ["encoder-1", "denoiser-1", "denoiser-2"]
+    by_model = {"": ["redis", "gateway"], "shapes": replicas}
+    by_model |= {model: [f"{model}-{name}" for name in replicas] for model in ("rings", "stars")}
+    assert {name: deployment.model_of(name) for name in deployment.processes} == {
+        name: model for model, names in by_model.items() for name in names
+    }
+    # The gateway is told of all, the stages of each which one is theirs.
+    everything = f"rings={SHAPES.absolute()},stars={SHAPES.absolute()}"
+    assert ("gateway", f"test None {everything}") in lines
+    assert ("denoiser-2", f"test None {everything}") in lines
+    assert ("rings-denoiser-2", f"test-rings rings {everything}") in lines
+
+    assert await deployment.add("decoder") == "decoder-1"
+    assert await deployment.add("decoder", "rings") == "rings-decoder-1"
+    assert deployment.model_of("rings-decoder-1") == "rings"
+    await deployment.remove("rings-decoder-1")
+    assert "rings-decoder-1" not in deployment.addresses
+    with pytest.raises(InvalidRequestError, match="model: got 'squares'; allowed: shapes, rings, stars"):
+        await deployment.add("decoder", "squares")
+
+
+def test_further_models_that_cannot_be_served_are_told_at_once(tmp_path: Path) -> None:
+    comma = tmp_path / "a,b"
+    comma.mkdir()
+    (comma / "model_index.json").write_bytes((SHAPES / "model_index.json").read_bytes())
+    cases: list[tuple[dict[str, str | Path], str]] = [
+        ({"shapes": SHAPES}, "more_models: got 'shapes'; allowed: a name other than the default model's"),
+        ({"v1.5": SHAPES}, "more_models: got 'v1.5'; allowed: A-Z a-z 0-9 _ -, and at most 40 of them in default-NAME"),
+        ({"": SHAPES}, "more_models: got ''"),
+        ({"x" * 33: SHAPES}, "give it another name, as NAME=PATH"),
+        ({"rings": "/nowhere"}, "model: got '/nowhere'"),
+        ({"rings": comma}, "allowed: a folder without a comma in its path"),
+    ]
+    for models, says in cases:
+        with pytest.raises(InvalidRequestError) as refusal:
+            LocalDeployment(model=SHAPES, more_models=models)
+        assert says in str(refusal.value)
+
+
 async def test_the_callers_own_error_comes_out_as_it_is() -> None:
     deployment = LocalDeployment(model=SHAPES, commands=LIGHT, encoders=0, denoisers=0, decoders=0)
     pids: list[int] = []

@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 from PIL import Image
 
-from gateway.pipeline import Pipeline
+from gateway.models import Models, Served
 from gateway.servicer import GatewayServicer
 from streamflow.config import GatewaySettings
 from streamflow.rpc import convert
@@ -212,12 +212,10 @@ class Deployment:
             host="127.0.0.1", port=self.port, reap_interval_s=0.1, drain_grace_s=0.2, watch_lease_s=self._watch_lease_s
         )
         counters, keys = Counters(), ApiKeys.parse(self._keys) if self._keys else ApiKeys()
-        pipeline = Pipeline(self.transport, card=CARD, settings=settings, counters=counters)
-        servicer = GatewayServicer(
-            pipeline, transport=self.transport, card=CARD, settings=settings, keys=keys, counters=counters
-        )
+        models = Models([Served.over(self.transport, card=CARD, settings=settings, counters=counters)])
+        servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters)
         service = Service("streamflow.v1.Gateway", gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
-        server = RpcServer(settings, services=[service], keys=keys, on_drain=pipeline.drain)
+        server = RpcServer(settings, services=[service], keys=keys, on_drain=models.drain)
         await self.transport.register(DENOISER, lease_s=600)
         await server.__aenter__()
         self.server, self.port = server, server.port

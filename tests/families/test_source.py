@@ -122,6 +122,21 @@ def test_delta_weights_are_added_to_the_unet_of_any_base(diffusion: Path, tmp_pa
         )
 
 
+def test_a_folder_may_say_all_that_belongs_to_it(diffusion: Path, tmp_path: Path) -> None:
+    """So a further model of a deployment needs no settings of its own."""
+    copy = shutil.copytree(diffusion, tmp_path / "copy")
+    shutil.copytree(copy / "tiny_vae", copy / "small")
+    (copy / "loras").mkdir()
+    (copy / "loras" / "ink.safetensors").write_bytes(
+        (copy / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    )
+    (copy / "streamflow.json").write_text('{"flow": "perflow", "adapters": "loras", "tiny_vae": "small"}')
+    checkpoint = checkpoint_from(settings(tmp_path, copy))
+    assert dict(checkpoint.adapters) == {"ink": copy / "loras" / "ink.safetensors"}
+    assert checkpoint.tiny_folder == copy / "small"
+    assert families.describe(checkpoint).adapters == ("ink",)
+
+
 def test_digests_of_large_files_are_computed_once(diffusion: Path, tmp_path: Path) -> None:
     """And once more when a file was changed, even where its size is the same."""
     from streamflow.families import checkpoint as module

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc.aio
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gateway.pipeline import Pipeline
+from gateway.models import Models, Served
 from gateway.servicer import GatewayServicer
 from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings
@@ -118,19 +118,23 @@ class Deployment:
         self._stop.set()
         self.worker.gate.set()
 
-    async def gateway(self, *, keys: str = "", **options: Any) -> Gateway:
+    async def gateway(self, *, keys: str = "", more: Mapping[str, Deployment] | None = None, **options: Any) -> Gateway:
+        """`more` are deployments of further models by name."""
         values = {"host": "localhost", "port": 0, "reap_interval_s": 0.1, "drain_grace_s": 0.5, **options}
         settings = GatewaySettings(**values)
         counters = Counters()
         api_keys = ApiKeys.parse(keys) if keys else ApiKeys()
-        pipeline = Pipeline(self.transport, card=CARD, settings=settings, counters=counters)
-        servicer = GatewayServicer(
-            pipeline, transport=self.transport, card=CARD, settings=settings, keys=api_keys, counters=counters
-        )
+        cards = {CARD: self, **{replace(CARD, name=name): each for name, each in (more or {}).items()}}
+        served = [
+            Served.over(each.transport, card=card, settings=settings, counters=counters) for card, each in cards.items()
+        ]
+        models = Models(served)
+        servicer = GatewayServicer(models, settings=settings, keys=api_keys, counters=counters)
         service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
-        server = RpcServer(settings, services=[service], keys=api_keys, on_drain=pipeline.drain)
+        server = RpcServer(settings, services=[service], keys=api_keys, on_drain=models.drain)
         await self._stack.enter_async_context(server)
-        self.start(keep_up(self.transport, server, every_s=settings.reap_interval_s, stop=self._stop), "upkeep")
+        transports = [each.transport for each in served]
+        self.start(keep_up(transports, server, every_s=settings.reap_interval_s, stop=self._stop), "upkeep")
         channel = await self._stack.enter_async_context(open_aio_channel(Target(server.address)))
         return Gateway(server, channel, gateway_pb2_grpc.GatewayStub(channel))
 

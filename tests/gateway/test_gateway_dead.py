@@ -70,7 +70,7 @@ async def test_tenants_see_their_own_letters_alone(deploy):
     assert refusal.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-@pytest.mark.parametrize("letter_id", ["", "x", "1-2-3", "17-0\n", "9" * 50, "../1"])
+@pytest.mark.parametrize("letter_id", ["", "x", "1-2-3", "17-0\n", "9" * 50, "../1", "17-0.", "17-0.a b"])
 async def test_ids_that_are_none_are_refused(deploy, letter_id):
     gateway = await deploy().gateway()
     with pytest.raises(grpc.aio.AioRpcError) as refusal:

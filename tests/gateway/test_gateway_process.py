@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grpc.aio
 import pytest
+import redis.asyncio as redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.__main__ import main
@@ -109,6 +110,18 @@ async def test_it_serves_until_it_is_told_to_stop(run):
         assert secret not in json.dumps(process.lines)
 
 
+async def test_every_model_has_a_deployment_of_its_own(run, checkpoint, redis_url):
+    options = ("--deployment", "several", "--more-models", f"other={checkpoint}")
+    async with run(*options) as (process, channel), redis.Redis.from_url(redis_url) as store:
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        models = (await stub.ListModels(gateway_pb2.ListModelsRequest())).models
+        assert [(model.name, model.live) for model in models] == [("tiny", False), ("other", False)]
+        for name, deployment in (("", "several"), ("other", "several-other")):
+            job = await stub.Submit(types_pb2.GenerateRequest(prompts=["x"], model=name))
+            assert (await process.log("admitted"))["model"] == job.model == (name or "tiny")
+            assert await store.exists(f"sf:v1:{{{deployment}}}:job:{job.request_id}")
+
+
 async def test_keys_come_from_a_file(run, tmp_path):
     (tmp_path / "keys").write_text("key-alice alice\n")
     async with run("--api-keys-file", tmp_path / "keys") as (_, channel):
@@ -126,6 +139,8 @@ async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
         expected = {"": health_pb2.HealthCheckResponse.SERVING, NAME: health_pb2.HealthCheckResponse.NOT_SERVING}
         for name, status in expected.items():
             assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == status
+        models = (await gateway_pb2_grpc.GatewayStub(channel).ListModels(gateway_pb2.ListModelsRequest())).models
+        assert [(model.name, model.live) for model in models] == [("tiny", False)]
         request = types_pb2.GenerateRequest(prompts=["x"])
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway_pb2_grpc.GatewayStub(channel).Submit(request, timeout=30)
@@ -149,6 +164,8 @@ def usual_log() -> Iterator[None]:
         (("--model", "nowhere"), "the folder of a checkpoint"),
         (("--tls-cert", "only.pem"), "tls_key"),
         (("--port", "70000"), "65535"),
+        (("--more-models", "rings=nowhere"), "nowhere"),
+        (("--more-models", "tiny=nowhere"), "a name other than the default model's"),
         (("--api-keys-file", "nowhere"), "nowhere"),
         (("--no-such-option", "1"), "no-such-option"),
     ],
