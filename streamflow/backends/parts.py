@@ -22,12 +22,14 @@ class Input:
         dtype: of what callers give.
         below: values are drawn from [0, below) for examples, from a normal distribution where it is 0.
         exact: stays as it is given; else what is floating becomes the precision in which the part runs.
+        shared: the same for all rows of an image, whatever they are conditioned on.
     """
 
     shape: tuple[int | str, ...]
     dtype: torch.dtype = torch.float32
     below: int = 0
     exact: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

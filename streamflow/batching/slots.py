@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Image:
         handle: the caller's name for it; unique among the images under way.
         noise: [C, H, W].
         conditioning: per role that the program uses, named tensors without a batch axis; all of the same shapes.
+        inputs: what the networks are fed besides, whatever the role: named tensors without a batch axis.
         source, mask: [C, H, W] clean latents; [H, W] in [0, 1], 1 = repaint.
         seed: of the draws of a stochastic program.
         preview_interval: a preview after every so many steps; 0 = none.
@@ -41,29 +42,37 @@ class Image:
     preview_interval: int = 0
     resume: SlotState | None = None
     variant: Variant = PLAIN
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         """Images of one layout share a slot table and network calls."""
-        target = self.conditioning[Role.TARGET]
-        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in sorted(target.items()))
-        return Layout(tuple(self.noise.shape), shapes)
+        return Layout(tuple(self.noise.shape), _shapes(self.conditioning[Role.TARGET]), _shapes(self.inputs))
+
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""By name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Shapes of a slot table: the latents [C, H, W], and each conditioning tensor."""
+    """Shapes of a slot table: the latents [C, H, W], each conditioning tensor, and each of the other inputs."""
 
     latents: tuple[int, ...]
-    conditioning: tuple[tuple[str, tuple[int, ...]], ...]
+    conditioning: Shapes
+    inputs: Shapes = ()
 
 
 def slot_bytes(layout: Layout) -> int:
     """What a row of a table of this layout takes, in float32."""
     channels, height, width = layout.latents
-    conditioning = sum(math.prod(shape) for _, shape in layout.conditioning)
-    numbers = (4 * channels + 1) * height * width + len(Role) * conditioning + MIN_OPS * len(COLUMNS)
+    conditioning, inputs = (sum(math.prod(shape) for _, shape in one) for one in (layout.conditioning, layout.inputs))
+    numbers = (4 * channels + 1) * height * width + len(Role) * conditioning + inputs + MIN_OPS * len(COLUMNS)
     return 4 * numbers
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return tuple((name, tuple(tensor.shape)) for name, tensor in sorted(tensors.items()))
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +138,7 @@ class SlotTable:
         source, noise: [capacity + 1, C, H, W]: `z0` and `n0`.
         mask: [capacity + 1, 1, H, W]; 1 where the image may change.
         conditioning: by name [capacity + 1, len(Role), ...].
+        inputs: by name [capacity + 1, ...], for rows of every role.
         programs: [capacity + 1, ops, len(COLUMNS)]: the coefficients, on the device once for the life of a slot.
     """
 
@@ -140,6 +150,7 @@ class SlotTable:
         self.latents, self.velocity, self.source, self.noise = (self._zeros(*layout.latents) for _ in range(4))
         self.mask = self._zeros(1, *layout.latents[1:])
         self.conditioning = {name: self._zeros(len(Role), *shape) for name, shape in layout.conditioning}
+        self.inputs = {name: self._zeros(*shape) for name, shape in layout.inputs}
         self.programs = self._zeros(MIN_OPS, len(COLUMNS))
         self._free = list(range(capacity - 1, -1, -1))
         self._slots: dict[int, Slot] = {}
@@ -219,6 +230,8 @@ class SlotTable:
         for role, tensors in image.conditioning.items():
             for name, tensor in tensors.items():
                 self.conditioning[name][row, role].copy_(tensor, non_blocking=True)
+        for name, tensor in image.inputs.items():
+            self.inputs[name][row].copy_(tensor, non_blocking=True)
         self._write_program(row, image.program)
 
     def _write_program(self, row: int, program: Program) -> None:

@@ -139,8 +139,9 @@ class _State:
         if Term.GUIDED in self._terms or len(selection.positions) != len(slots):
             seen, timestep = seen[selection.positions], timestep[selection.positions]
             slots = slots[selection.positions]
-        conditioning = {name: values[slots, selection.roles] for name, values in self._table.conditioning.items()}
-        return network(seen, timestep, conditioning).to(self._latents.dtype)
+        fed = {name: values[slots, selection.roles] for name, values in self._table.conditioning.items()}
+        fed |= {name: values[slots] for name, values in self._table.inputs.items()}
+        return network(seen, timestep, fed).to(self._latents.dtype)
 
     def guide(self, output: Tensor, channels: int | None = None) -> Tensor:
         """`o_n + g (o_c - o_n)`, [slots, C, H, W]; exactly `o_c` where both are the same row.

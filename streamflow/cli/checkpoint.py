@@ -17,17 +17,11 @@ if TYPE_CHECKING:
 def show(model: Path, *, flow: str, dtype: str, slots: int, as_json: bool) -> None:
     """Prints it. Raises InvalidRequestError for what cannot be served."""
     from streamflow.backends.runtime import resolve_device, resolve_dtype
-    from streamflow.config import ModelSettings
-    from streamflow.errors import InvalidRequestError
-    from streamflow.families.flows import AUTO, FLOWS
     from streamflow.families.plan import plan
-    from streamflow.families.source import checkpoint_from
+    from streamflow.families.source import checkpoint_at
 
-    if flow not in FLOWS:
-        raise InvalidRequestError("flow", flow, ", ".join(FLOWS))
     precision = resolve_dtype(dtype, resolve_device())
-    settings = ModelSettings(model=model, **({} if flow == AUTO else {"flow": flow}))  # type: ignore[arg-type]
-    found = plan(checkpoint_from(settings), precision)
+    found = plan(checkpoint_at(model, flow=flow), precision)
     if as_json:
         print_json(_as_json(found, slots))
     else:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from streamflow.backends.graphs import GraphStore
     from streamflow.backends.parts import Part
+    from streamflow.families.checkpoint import Checkpoint
     from streamflow.types import ModelCard
 
 app = typer.Typer(
@@ -28,8 +29,10 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    Path | None, typer.Option(help="Checkpoint folder in diffusers layout; by default the built-in model.")
+    Path | None,
+    typer.Option(help="Checkpoint folder, or a name on the Hugging Face hub; by default the built-in model."),
 ]
+Flow = Annotated[str, typer.Option(help="As which its weights are served; see --flow of the services.")]
 Engines = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where graphs are kept [STREAMFLOW_ENGINES, the user's cache].")
 ]
@@ -38,6 +41,7 @@ Engines = Annotated[
 @app.command()
 def export(
     model: Model = None,
+    flow: Flow = "auto",
     engines: Engines = None,
     part: Annotated[
         list[str] | None, typer.Option(help="A network, such as unet; may be repeated. By default all.")
@@ -56,10 +60,11 @@ def export(
     from rich.console import Console
 
     from streamflow.backends.select import open_parts
-    from streamflow.config import default_model
+    from streamflow.families.source import checkpoint_at
     from streamflow.stages.denoiser import DenoiserStage
 
-    store, parts = _opened(model, engines)
+    checkpoint = checkpoint_at(model, flow=flow)
+    store, parts = _opened(checkpoint, engines)
     console, rows = Console(stderr=True), []
     for name in _chosen(parts, part):
         began_s = time.monotonic()
@@ -73,7 +78,7 @@ def export(
     if not part:
         # The number of slots follows from it; services that start beside each other would measure each other.
         with console.status("measuring what calls of the denoiser take"):
-            DenoiserStage.load(model or default_model(), device="cpu", engines=store.folder)
+            DenoiserStage.load(checkpoint, device="cpu", engines=store.folder)
     print_out(table("network", "MiB", "seconds", "difference to torch", "fastest here", rows=rows))
     typer.echo(f"in {path.parent}")
 
@@ -81,6 +86,7 @@ def export(
 @app.command()
 def build(
     model: Model = None,
+    flow: Flow = "auto",
     engines: Engines = None,
     part: Annotated[
         list[str] | None, typer.Option(help="A network, such as unet; may be repeated. By default all.")
@@ -116,17 +122,17 @@ def build(
     from streamflow.backends.runtime import resolve_device, resolve_dtype
     from streamflow.backends.tensorrt_runtime import platform
     from streamflow.backends.torch_eager import TorchRunner
-    from streamflow.config import default_model
     from streamflow.errors import InvalidRequestError
     from streamflow.families import describe
+    from streamflow.families.source import checkpoint_at
 
     where = resolve_device(device)
     if where.type != "cuda":
         raise InvalidRequestError("device", device, "a GPU: engines are built on the kind of card that runs them")
     precision = resolve_dtype(dtype, where)
-    store, parts = _opened(model, engines)
-    chosen = _chosen(parts, part)
-    card = describe(model or default_model())
+    checkpoint = checkpoint_at(model, flow=flow)
+    store, parts = _opened(checkpoint, engines)
+    chosen, card = _chosen(parts, part), describe(checkpoint)
     sizes = tuple(sorted(read_size(one, card) for one in size or [f"{card.default_width}x{card.default_height}"]))
     cache = EngineCache(store, platform(where), dtype=precision)
     console, made = Console(stderr=True), []
@@ -151,7 +157,7 @@ def build(
 
 
 @app.command("list")
-def list_graphs(model: Model = None, engines: Engines = None) -> None:
+def list_graphs(model: Model = None, flow: Flow = "auto", engines: Engines = None) -> None:
     """List the networks of a checkpoint, whether their graphs can be used, and what engines there are of them.
 
     \b
@@ -160,8 +166,9 @@ def list_graphs(model: Model = None, engines: Engines = None) -> None:
     """
     from streamflow.backends.engine_cache import engines_of
     from streamflow.errors import NotFoundError
+    from streamflow.families.source import checkpoint_at
 
-    store, parts = _opened(model, engines)
+    store, parts = _opened(checkpoint_at(model, flow=flow), engines)
     rows = []
     for name, part in parts.items():
         try:
@@ -175,13 +182,13 @@ def list_graphs(model: Model = None, engines: Engines = None) -> None:
         print_out(table("network", "engine", "for", "rows", "pictures", rows=engines_there))
 
 
-def _opened(model: Path | None, engines: Path | None) -> tuple[GraphStore, dict[str, Part]]:
+def _opened(checkpoint: Checkpoint, engines: Path | None) -> tuple[GraphStore, dict[str, Part]]:
     from streamflow.backends.graphs import GraphStore
-    from streamflow.config import EngineSettings, default_model
+    from streamflow.config import EngineSettings
     from streamflow.families import parts
 
     store = GraphStore(engines or EngineSettings().engines)
-    return store, {part.name: part for part in parts(model or default_model())}
+    return store, {part.name: part for part in parts(checkpoint)}
 
 
 def _chosen(parts: Mapping[str, Part], wanted: Sequence[str] | None) -> Sequence[str]:

@@ -8,8 +8,24 @@ from typing import Any
 
 from streamflow.config import OF_ONE_MODEL, NameSettings
 from streamflow.families import check_checkpoint
+from streamflow.families.flows import check_flow
 from streamflow.families.source import local_folder
 from streamflow.model_names import check_names, deployment_of, name_of
+
+
+def settings_of_first(
+    name: str, *, flow: str | None, adapters: Path | None, controls: Path | None
+) -> dict[str, object]:
+    """Settings of the default model's processes, of what was said on the command line.
+
+    Raises:
+        InvalidRequestError: a flow that there is not.
+    """
+    check_flow(flow)
+    folders = {"adapters": adapters, "controls": controls}
+    said = {"model_name": name or None, "flow": flow}
+    said |= {field: str(folder.absolute()) for field, folder in folders.items() if folder is not None}
+    return {field: value for field, value in said.items() if value is not None}
 
 
 def folder_of(model: str | Path) -> Path:

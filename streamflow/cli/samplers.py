@@ -95,10 +95,11 @@ def _list() -> Table:
 
 def _flow(model: Path | None, prediction: str) -> FlowSpec:
     from streamflow.families import describe
+    from streamflow.families.source import checkpoint_at
     from streamflow.flow.spec import FlowSpec, RefinerSpec, WindowSpec
 
     if model is not None:
-        return describe(model).flow
+        return describe(checkpoint_at(model)).flow
     windows = None if prediction == "velocity" else WindowSpec(prediction=prediction)  # type: ignore[arg-type]
     return FlowSpec(evaluates_data=True, windows=windows, refiner=RefinerSpec(max_step=1.0))
 

@@ -24,6 +24,12 @@ def up(
             "side, the first one to requests that name none.",
         ),
     ] = None,
+    flow: Annotated[
+        str | None,
+        typer.Option(help="What the first model's weights were distilled to: rectified, instaflow, 2rf, perflow."),
+    ] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder of LoRA adapters for the first model.")] = None,
+    controls: Annotated[Path | None, typer.Option(help="Folder of ControlNets for the first model.")] = None,
     host: Annotated[str, typer.Option(help="Where the gateway listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Its port; 0 takes a free one.")] = 50051,
     redis_url: Annotated[str | None, typer.Option(help="A running Redis; by default a private one is started.")] = None,
@@ -46,14 +52,17 @@ def up(
     \b
     Examples:
         streamflow up
-        streamflow up --model checkpoints/stable-diffusion-1.5 --decoders 2
+        streamflow up --model checkpoints/stable-diffusion-3-medium --decoders 2
+        streamflow up --model checkpoints/perflow-sd15 --flow perflow --adapters loras
         streamflow up --model models/shapes --model sd15=checkpoints/stable-diffusion-1.5
         streamflow up --port 0 --redis-url redis://127.0.0.1:6379/0 --log-dir logs
     """
     import asyncio
 
+    from streamflow.cli.model_settings import settings_of_first
     from streamflow.cli.supervisor import LocalDeployment
     from streamflow.config import check_environment, default_model
+    from streamflow.families.source import default_name
     from streamflow.model_names import by_name, name_of, read_model
 
     given = {"deterministic": deterministic, "threads": threads}
@@ -62,7 +71,7 @@ def up(
     (name, folder), *others = map(read_model, model or [str(default_model())])
     deployment = LocalDeployment(
         model=folder,
-        more_models=by_name((other or name_of(path), path) for other, path in others),
+        more_models=by_name((other or default_name(Path(path)) or name_of(path), path) for other, path in others),
         host=host,
         port=port,
         redis_url=redis_url,
@@ -73,7 +82,7 @@ def up(
         deterministic=deterministic,
         slots=slots,
         threads=threads,
-        settings={"model_name": name} if name else {},
+        settings=settings_of_first(name, flow=flow, adapters=adapters, controls=controls),
         log_dir=log_dir,
         on_line=_print_supervisor if log_dir else _print_line,
     )

@@ -45,6 +45,12 @@ _PERFLOW_USAGES: Mapping[WindowPrediction, Usage] = {
 }
 
 
+def check_flow(flow: str | None) -> None:
+    """Raises InvalidRequestError for a flow that there is not; None = nothing was said."""
+    if flow is not None and flow not in FLOWS:
+        raise InvalidRequestError("flow", flow, "one of " + ", ".join(FLOWS))
+
+
 def scheduler_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return read_json(checkpoint.folder, "scheduler/scheduler_config.json")
 
@@ -56,8 +62,7 @@ def flow_name(checkpoint: Checkpoint) -> str:
         InvalidRequestError: nothing tells, or the setting contradicts the scheduler.
     """
     said = checkpoint.flow if checkpoint.flow != AUTO else checkpoint.recommended.get("flow", AUTO)
-    if said not in FLOWS:
-        raise InvalidRequestError("flow", said, "one of " + ", ".join(FLOWS))
+    check_flow(said)
     scheduler = scheduler_config(checkpoint).get("_class_name")
     told = {_FLOW_MATCHING: RECTIFIED, _PERFLOW_SCHEDULER: PERFLOW}.get(str(scheduler))
     if told is None and said == AUTO:

@@ -87,7 +87,7 @@ def networks(checkpoint: Checkpoint, card: ModelCard) -> Mapping[str, Part]:
         **{name: Input((ROWS, *shape)) for name, shape in _conditioning(checkpoint, card).items()},
     }
     if config.get("guidance_embeds", False):
-        inputs["guidance"] = Input((ROWS,), below=10, exact=True)
+        inputs["guidance"] = Input((ROWS,), below=10, exact=True, shared=True)
     load = Weights(
         from_diffusers,
         "FluxTransformer2DModel",

@@ -90,9 +90,9 @@ def _slot_bytes(base: Part, card: ModelCard) -> int:
 
     factor = card.latent_factor
     latents = (card.latent_channels, card.default_height // factor, card.default_width // factor)
-    conditioning = tuple(
-        (name, tuple(int(size) for size in one.shape[1:]))
-        for name, one in base.inputs.items()
-        if name not in ("latents", "timestep")
+    others = [(name, one) for name, one in base.inputs.items() if name not in ("latents", "timestep")]
+    conditioning, inputs = (
+        tuple((name, tuple(int(size) for size in one.shape[1:])) for name, one in others if one.shared == shared)
+        for shared in (False, True)
     )
-    return slot_bytes(Layout(latents, conditioning))
+    return slot_bytes(Layout(latents, conditioning, inputs))

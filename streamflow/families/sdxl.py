@@ -77,8 +77,7 @@ def load_text_encoder(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPa
 
 
 def networks(checkpoint: Checkpoint, card: ModelCard) -> Mapping[str, Part]:
-    shapes = {**_conditioning(checkpoint, card), "time_ids": (TIME_IDS,)}
-    return unet.networks(checkpoint, card, shapes, _call)
+    return unet.networks(checkpoint, card, _conditioning(checkpoint, card), _call, shared={"time_ids": (TIME_IDS,)})
 
 
 def load_denoiser(checkpoint: Checkpoint, card: ModelCard, open_part: OpenPart) -> Denoiser:

@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from streamflow.config import ModelSettings
 from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
 from streamflow.families import published_tiny
 from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.flows import AUTO, check_flow
 
 DIGESTS = "digests.json"
 OF_FAMILY = "family"
@@ -32,6 +34,21 @@ def checkpoint_from(settings: ModelSettings) -> Checkpoint:
         allow_pickle=settings.allow_pickle,
         digests=settings.cache / DIGESTS,
     )
+
+
+def checkpoint_at(model: Path | None, *, flow: str = "auto") -> Checkpoint:
+    """The checkpoint that a command names, with what the environment says of it.
+
+    Args:
+        model: None = what the environment says, or the built-in one.
+        flow: "auto" = what the environment says.
+
+    Raises:
+        InvalidRequestError, UnavailableError: see `open_checkpoint`.
+    """
+    check_flow(flow)
+    given: dict[str, Any] = {"model": model, "flow": None if flow == AUTO else flow}
+    return checkpoint_from(ModelSettings(**{name: value for name, value in given.items() if value is not None}))
 
 
 def open_checkpoint(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from streamflow.families.autoencoders import latent_factor
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from streamflow.backends.parts import Part
+    from streamflow.backends.parts import Input, Part
 
 UNET, UNET_REFINER = "unet", "unet_refiner"
 
@@ -40,17 +41,27 @@ def with_refiner(checkpoint: Checkpoint, flow: FlowSpec) -> FlowSpec:
 
 
 def networks(
-    checkpoint: Checkpoint, card: ModelCard, conditioning: Mapping[str, tuple[int, ...]], call: Callable[..., Tensor]
+    checkpoint: Checkpoint,
+    card: ModelCard,
+    conditioning: Mapping[str, tuple[int, ...]],
+    call: Callable[..., Tensor],
+    *,
+    shared: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> Mapping[str, Part]:
     """The UNet and its refiner, where there is one.
 
     Args:
         conditioning: shapes of what each row is conditioned on, without a batch axis.
-        call: (unet, latents, timestep, *conditioning) -> output.
+        call: (unet, latents, timestep, *conditioning, *shared) -> output.
+        shared: shapes of what rows are fed besides, whatever they are conditioned on.
     """
-    parts = {BASE: _part(checkpoint, UNET, card, conditioning, call)}
+    from streamflow.backends.parts import ROWS, Input
+
+    told = {name: Input((ROWS, *shape)) for name, shape in conditioning.items()}
+    told |= {name: Input((ROWS, *shape), shared=True) for name, shape in shared.items()}
+    parts = {BASE: _part(checkpoint, UNET, card, told, call)}
     if card.flow.refiner is not None:
-        parts[REFINER] = _part(checkpoint, UNET_REFINER, card, conditioning, call)
+        parts[REFINER] = _part(checkpoint, UNET_REFINER, card, told, call)
     return parts
 
 
@@ -58,7 +69,7 @@ def _part(
     checkpoint: Checkpoint,
     name: str,
     card: ModelCard,
-    conditioning: Mapping[str, tuple[int, ...]],
+    told: Mapping[str, Input],
     call: Callable[..., Tensor],
 ) -> Part:
     from streamflow.backends.parts import ROWS, Input, Part
@@ -66,7 +77,7 @@ def _part(
     inputs = {
         "latents": Input((ROWS, checkpoint.config(name)["in_channels"], "height", "width")),
         "timestep": Input((ROWS,), below=1000, exact=True),
-        **{one: Input((ROWS, *shape)) for one, shape in conditioning.items()},
+        **told,
     }
     delta = checkpoint.unet_delta if name == UNET else None
     load = Weights(

@@ -112,7 +112,10 @@ class DenoiserStage:
         checkpoint = Checkpoint.of(source, name)
         check_backend("adapters", checkpoint.adapters, backend, allowed=(AUTO, TORCH))
         check_backend("controls", checkpoint.controls, backend, allowed=(AUTO, TORCH))
-        chosen = TORCH if compiled or checkpoint.adapters or checkpoint.controls else backend
+        changed = [name for name in ("adapters", "controls") if getattr(checkpoint, name)]
+        if changed:
+            _log.info("backend", part="denoiser", backend=TORCH, why=f"graphs cannot take {' and '.join(changed)}")
+        chosen = TORCH if compiled or changed else backend
         open_part = open_parts(
             device,
             dtype,
@@ -319,13 +322,14 @@ class DenoiserStage:
             handle=handle,
             program=program,
             noise=noise,
-            conditioning={role: self._conditioning(role, job) for role in program.roles},
+            conditioning={role: self._conditioning(role, job.conditioning[role]) for role in program.roles},
             source=None if job.init_latents is None else _tensor("init_latents", job.init_latents, shape),
             mask=None if job.mask is None else _mask(job.mask, shape[1:]),
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
             resume=resume,
             variant=job.variant,
+            inputs={**self._denoiser.row_inputs(job.height, job.width, job.guidance), **_control_inputs(job)},
         )
 
     def _program(self, job: DenoiseJob, shape: tuple[int, int, int], resume_at: int) -> Program:
@@ -335,13 +339,12 @@ class DenoiserStage:
         )
         return compile_sampler(job.sampler, request, self.card.flow)
 
-    def _conditioning(self, role: Role, job: DenoiseJob) -> dict[str, torch.Tensor]:
-        shapes, tensors = self._denoiser.conditioning_shapes, job.conditioning[role]
+    def _conditioning(self, role: Role, tensors: Tensors) -> dict[str, torch.Tensor]:
+        shapes = self._denoiser.conditioning_shapes
         field = f"{role.name.lower()} conditioning"
         if set(tensors) != set(shapes):
             raise InvalidRequestError(field, sorted(tensors), "the tensors " + ", ".join(shapes))
-        texts = {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
-        return {**texts, **self._denoiser.row_inputs(job.height, job.width, job.guidance), **_control_inputs(job)}
+        return {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
 
     @property
     def _entered(self) -> EngineRunner:

@@ -90,7 +90,7 @@ def test_slots_take_what_is_planned(tmp_path: Path) -> None:
     stage.engine.admit(stage.image(DenoiseJob(texts, 2, Guidance(), "euler", 0, 64, 64), handle=0))
     (table,) = stage.engine._tables.values()
     tensors = [table.latents, table.velocity, table.source, table.noise, table.mask, table.programs]
-    tensors += table.conditioning.values()
+    tensors += [*table.conditioning.values(), *table.inputs.values()]
     held = sum(one.numel() * one.element_size() for one in tensors)
     # One row more than slots, which takes what padding computes.
     assert held == 4 * plan(folder, torch.float32).slot_bytes
