@@ -28,7 +28,8 @@ test: $(STAMP)  ## All tests, with real processes and a real Redis
 test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load; QUICK=1 for the short one
 	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
 
-nightly: $(STAMP)  ## What takes longer: the full fault matrix, half an hour of soak, the fuzzers
+nightly: $(STAMP)  ## What takes longer: graphs of every family, the full fault matrix, half an hour of soak, the fuzzers
+	$(BIN)/python -m pytest -m nightly
 	STREAMFLOW_FAULTS_TABLE=docs/faults.md STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	for target in request entry image; do $(BIN)/python -m tests.fuzz.fuzz_$$target -max_total_time=300 || exit 1; done
