@@ -142,12 +142,12 @@ def _check_identity(request: types_pb2.GenerateRequest, card: ModelCard) -> None
 
 
 def _check_prompts(request: types_pb2.GenerateRequest, card: ModelCard, settings: GatewaySettings) -> None:
-    prompts, labels, negative = request.prompts, request.class_labels, request.negative_prompt
-    check_subjects(card, prompts, labels, negative_prompt=negative, most=settings.max_prompts)
+    texts = {"negative_prompt": request.negative_prompt, "source_prompt": request.source_prompt}
+    check_subjects(card, request.prompts, request.class_labels, most=settings.max_prompts, **texts)
     for number, prompt in enumerate(request.prompts):
         field = f"prompts[{number}]"
         check_prompt(field, prompt, max_chars=settings.max_prompt_chars)
-    check_prompt("negative_prompt", negative, max_chars=settings.max_prompt_chars, may_be_empty=True)
+    check_prompt("negative_prompt", request.negative_prompt, max_chars=settings.max_prompt_chars, may_be_empty=True)
     check_prompt("source_prompt", request.source_prompt, max_chars=settings.max_prompt_chars, may_be_empty=True)
 
 

@@ -77,7 +77,9 @@ class Models:
     def __init__(self, served: Sequence[Served]) -> None:
         self._served = {each.card.name: each for each in served}
         assert served, "a gateway without a model"
-        assert len(self._served) == len(served), "two models of one name"
+        if len(self._served) != len(served):
+            names = [each.card.name for each in served]
+            raise InvalidRequestError("more_models", ", ".join(names), "a name of its own for every model")
         self.default = served[0]
 
     def __iter__(self) -> Iterator[Served]:

@@ -212,7 +212,8 @@ class Pipeline:
             control_scale=control_scale,
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        check_subjects(card, prompts, class_labels, negative_prompt=negative_prompt, most=MAX_IMAGES)
+        texts_beside = {"negative_prompt": negative_prompt, "source_prompt": source_prompt}
+        check_subjects(card, prompts, class_labels, most=MAX_IMAGES, **texts_beside)
         check_true_cfg_scale(card, true_cfg_scale, negative_prompt)
         check_variant(card, settings.variant)
         check_control_image(control, control_image is not None, control_scale)

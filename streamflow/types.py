@@ -111,6 +111,10 @@ class AdapterUse:
     name: str
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        # As requests carry it: all forms add the same.
+        object.__setattr__(self, "weight", float(np.float32(self.weight)))
+
 
 @dataclass(frozen=True, slots=True)
 class Variant:

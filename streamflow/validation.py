@@ -108,17 +108,26 @@ def check_class_label(card: ModelCard, label: int) -> None:
 
 
 def check_subjects(
-    card: ModelCard, prompts: Sequence[str], class_labels: Sequence[int], *, negative_prompt: str, most: int
+    card: ModelCard,
+    prompts: Sequence[str],
+    class_labels: Sequence[int],
+    *,
+    most: int,
+    negative_prompt: str = "",
+    source_prompt: str = "",
 ) -> None:
     """Whether a request names what the model takes: prompts, or labels.
 
     Args:
         most: of either.
     """
-    if card.class_labels and (prompts or negative_prompt or not class_labels):
-        field, given = ("negative_prompt", negative_prompt) if negative_prompt else ("prompts", f"{len(prompts)}")
+    if card.class_labels:
         hint = f"{card.name} takes class_labels, 0 to {card.class_labels - 1}"
-        raise InvalidRequestError(field, given, "none", hint)
+        for field, text in (("negative_prompt", negative_prompt), ("source_prompt", source_prompt)):
+            if text:
+                raise InvalidRequestError(field, text, "none", hint)
+        if prompts or not class_labels:
+            raise InvalidRequestError("prompts", f"{len(prompts)}", "none", hint)
     if class_labels and not card.class_labels:
         raise InvalidRequestError("class_labels", f"{len(class_labels)} labels", "none", f"{card.name} takes prompts")
     for label in class_labels:

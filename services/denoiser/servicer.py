@@ -127,6 +127,8 @@ def read_change(request: denoiser_pb2.ChangeRequest, card: ModelCard) -> JobChan
     """Raises InvalidRequestError."""
     if request.HasField("guidance") and not request.HasField("guidance_scale"):
         raise InvalidRequestError("guidance", "options alone", "together with guidance_scale")
+    if request.HasField("true_cfg_scale") and not request.HasField("guidance_scale"):
+        raise InvalidRequestError("true_cfg_scale", request.true_cfg_scale, "together with guidance_scale")
     guidance = None
     if request.HasField("guidance_scale"):
         scale, true_scale = request.guidance_scale, true_cfg_scale(request)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from streamflow.config import OF_ONE_MODEL, NameSettings
+from streamflow.config import OF_ONE_MODEL, ModelSettings, NameSettings
 from streamflow.families import check_checkpoint
 from streamflow.families.flows import check_flow
 from streamflow.families.source import local_folder
@@ -35,7 +35,7 @@ def folder_of(model: str | Path) -> Path:
         InvalidRequestError: there is none.
         UnavailableError: the hub cannot be reached.
     """
-    folder = local_folder(Path(model))
+    folder = local_folder(Path(model), allow_pickle=ModelSettings().allow_pickle)
     check_checkpoint(folder)
     return folder.absolute()
 

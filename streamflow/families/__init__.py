@@ -22,7 +22,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import InvalidRequestError, StreamFlowError
 from streamflow.families import autoencoders
 from streamflow.families.base import Denoiser, LatentDecoder, TextEncoder, VaeEncoder
 from streamflow.families.checkpoint import Checkpoint
@@ -149,7 +149,9 @@ def _configs_read(checkpoint: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError) as error:
+    except StreamFlowError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         reason = f"a config lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
         allowed = "a checkpoint whose configs are whole"
         raise InvalidRequestError("model", checkpoint.folder, allowed, reason) from error

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
-from streamflow.families.libraries import from_diffusers
+from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.families.libraries import from_diffusers, one_file, refused
 from streamflow.types import AdapterUse
 
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class AdapterFiles:
         return {name: self._layers(name, path, part, module) for name, path in self._files.items()}
 
     def _layers(self, name: str, path: Path, part: str, module: nn.Module) -> Mapping[str, Any]:
-        with _refused(name, path):
+        with refused(path, field="adapters", allowed=f"a LoRA adapter of this model as {name}"):
             # Blocks of SDXL are counted otherwise in some formats.
             blocks = {"unet_config": module.config} if part == "unet" else {}
             state, alphas, metadata = self._read(path, **blocks)
@@ -101,12 +100,13 @@ class AdapterFiles:
         """Tensors by the names that diffusers gives them, factors of their scales, and what the file says of itself."""
         from safetensors import safe_open
 
-        with safe_open(_file(path), "pt") as file:
+        weights = one_file(path)
+        with safe_open(weights, "pt") as file:
             if not any("lora" in key or "lokr" in key for key in file.keys()):  # noqa: SIM118 - not a mapping
                 raise ValueError("it holds no tensors of an adapter")
         read = self._loader.lora_state_dict(
-            str(path.parent if path.is_file() else path),
-            weight_name=_file(path).name,
+            str(weights.parent),
+            weight_name=weights.name,
             use_safetensors=True,
             return_lora_metadata=True,
             **more,
@@ -137,24 +137,24 @@ class Adapted:
         import torch
         from torch import nn
 
-        merged = shared_copy(self._module)
+        merged, uses = shared_copy(self._module), list(uses)
         with torch.no_grad():
-            for path, change in self._changes(uses).items():
+            # One layer after the other: the changes of all at once would take as much again, in float32.
+            for path in dict.fromkeys(path for use in uses for path in self._layers[use.name]):
                 layer = merged.get_submodule(path)
                 weight = layer.weight
                 assert isinstance(weight, nn.Parameter)
-                summed = (weight.float() + change.to(weight.device)).to(weight.dtype)
-                layer.weight = nn.Parameter(summed, requires_grad=False)
+                layer.weight = nn.Parameter(self._summed(path, weight, uses), requires_grad=False)
         return merged
 
-    def _changes(self, uses: Iterable[AdapterUse]) -> dict[str, Tensor]:
-        """By path, what is added to the layer's weight, float32."""
-        changes: dict[str, Tensor] = {}
+    def _summed(self, path: str, weight: Tensor, uses: Iterable[AdapterUse]) -> Tensor:
+        """A layer's weight with what the adapters add to it; summed up in float32."""
+        total = weight.float()
         for use in uses:
-            for path, layer in self._layers[use.name].items():
-                change = use.weight * layer.get_delta_weight(_NAME).float()
-                changes[path] = changes[path] + change if path in changes else change
-        return changes
+            if path in self._layers[use.name]:
+                change = self._layers[use.name][path].get_delta_weight(_NAME)
+                total = total + use.weight * change.to(weight.device).float()
+        return total.to(weight.dtype)
 
 
 def torch_runner(runner: Runner) -> TorchRunner:
@@ -181,24 +181,3 @@ def _changed_layers(wrapped: nn.Module) -> Iterator[tuple[str, Any]]:
             if getattr(layer, "use_dora", {}).get(_NAME):
                 raise ValueError("it is a DoRA, which cannot be added to weights")
             yield path, layer
-
-
-def _file(path: Path) -> Path:
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        raise ValueError(f"{len(files)} safetensors files; one is needed")
-    return files[0]
-
-
-@contextmanager
-def _refused(name: str, path: Path) -> Iterator[None]:
-    """Raises InvalidRequestError for whatever the libraries find wrong with a file."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except StreamFlowError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidRequestError("adapters", path, f"a LoRA adapter of this model as {name}", reason) from error

@@ -17,7 +17,9 @@ from streamflow.errors import InvalidRequestError
 RECOMMENDED = "streamflow.json"
 """Optional file of a checkpoint with what its configs do not hold: recommended steps, guidance, limits, its flow."""
 
-_HASHED = {".json", ".safetensors", ".txt", ".model", ".bin"}
+_TEXTS = {".json", ".txt", ".model"}
+_OF_TENSORS = ("t5_tokens", "evaluates_data", "default_size", "max_width", "max_height")
+"""Recommendations that change what networks are made of or fed."""
 
 
 @dataclass(frozen=True)
@@ -95,27 +97,30 @@ class Checkpoint:
         digest = hashlib.sha256()
         for name, path in self._files(parts):
             digest.update(name.encode() + b"\0" + bytes.fromhex(self._digest(path)))
-        digest.update(flow.encode())
+        said = {name: self.recommended[name] for name in _OF_TENSORS if name in self.recommended}
+        digest.update(flow.encode() + (json.dumps(said, sort_keys=True).encode() if said else b""))
         return digest.hexdigest()[:16]
 
     def revision(self, weights: str) -> str:
         """A hash of `weights_revision` and of what requests may add to the weights."""
-        extra = {**self.adapters, **self.controls}
-        if not extra:
+        kinds = {"adapters": self.adapters, "controls": self.controls}
+        added = [(kind, name, path) for kind, named in kinds.items() for name, path in sorted(named.items())]
+        if not added:
             return weights
         digest = hashlib.sha256(weights.encode())
-        for name, path in sorted(extra.items()):
-            for file in _weight_files(path):
-                digest.update(name.encode() + b"\0" + bytes.fromhex(self._digest(file)))
+        for kind, name, path in added:
+            for file in loaded_files(path):
+                about = f"{kind}\0{name}\0{'' if file == path else file.relative_to(path).as_posix()}\0"
+                digest.update(about.encode() + bytes.fromhex(self._digest(file)))
         return digest.hexdigest()[:16]
 
     def _files(self, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
         for part in sorted(parts):
             folder = (self.tiny_folder or self.folder / part) if part == "tiny_vae" else self.folder / part
-            for path in _weight_files(folder):
+            for path in loaded_files(folder):
                 yield f"{part}/{path.relative_to(folder).as_posix()}", path
         if self.unet_delta is not None:
-            for path in _weight_files(self.unet_delta):
+            for path in loaded_files(self.unet_delta):
                 yield "unet_delta", path
 
     def _digest(self, path: Path) -> str:
@@ -149,9 +154,42 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _weight_files(path: Path) -> list[Path]:
-    found = [path] if path.is_file() else [one for one in path.rglob("*") if one.suffix in _HASHED]
-    return sorted(one for one in found if one.is_file())
+def loaded_files(path: Path) -> list[Path]:
+    """What is read of a part: its configs, its vocabulary, and its weights in the one form that is loaded.
+
+    Other tools put the same weights into the same folder in other forms; they change nothing here.
+    """
+    if path.is_file():
+        return [path]
+    texts = [one for one in path.rglob("*") if one.suffix in _TEXTS and one.is_file()]
+    return sorted([*texts, *(weight_files(path) or pickles(path))])
+
+
+def weight_files(part: Path) -> list[Path]:
+    """The safetensors files from which a part is loaded: all shards, or the one file; empty where there are none.
+
+    Raises:
+        InvalidRequestError: a shard is missing.
+    """
+    found = sorted(part.glob("*.safetensors"))
+    # Variants, such as those in half precision, stand beside the others.
+    plain = [path for path in found if path.name.count(".") == 1]
+    indices = sorted(part.glob("*.safetensors.index*.json"), key=lambda path: path.name.count("."))
+    for index in indices[:1]:
+        try:
+            shards = sorted(map(str, set(json.loads(index.read_text("utf-8"))["weight_map"].values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequestError("model", index, "a readable index of weights", str(error)) from error
+        missing = [name for name in shards if not (part / name).is_file()]
+        if missing:
+            raise InvalidRequestError("model", part, f"a part with all its weights; missing: {missing[0]}")
+        return [part / name for name in shards]
+    return plain or found[:1]
+
+
+def pickles(part: Path) -> list[Path]:
+    """Weights in formats that can run code."""
+    return sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in part.glob(pattern))
 
 
 _DIGESTS: dict[str, str] = {}

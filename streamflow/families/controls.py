@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamflow.errors import InvalidRequestError
-from streamflow.families.checkpoint import Checkpoint, read_json
-from streamflow.families.libraries import Weights, from_diffusers
+from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.libraries import Weights, from_diffusers, refused
 from streamflow.families.unet import UNET
 from streamflow.types import ModelCard
 
@@ -47,13 +48,25 @@ def load_controls(checkpoint: Checkpoint, card: ModelCard, runner: TorchRunner) 
 
 
 def _load(path: Path, checkpoint: Checkpoint, card: ModelCard, runner: TorchRunner) -> Controlled:
-    own, unet = read_json(path, "config.json"), checkpoint.config(UNET)
+    own, unet = _config(path), checkpoint.config(UNET)
     for name in _SHARED:
         if own.get(name) != unet.get(name):
             allowed = f"a ControlNet whose {name} is {unet.get(name)}, as the UNet's"
             raise InvalidRequestError("controls", path, allowed, f"it is {own.get(name)}")
     load = Weights(from_diffusers, "ControlNetModel", path, checkpoint.allow_pickle)
     return partial(_controlled, runner, load(runner.device, runner.dtype), card.family)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """Raises InvalidRequestError for what is no ControlNet, or one that works in another way."""
+    with refused(path, field="controls", allowed="the folder of a ControlNet"):
+        config: Mapping[str, Any] = json.loads((path / "config.json").read_text("utf-8"))
+    if config.get("_class_name") != "ControlNetModel":
+        raise InvalidRequestError("controls", path, "a ControlNetModel", f"it is a {config.get('_class_name')}")
+    if config.get("global_pool_conditions") or config.get("conditioning_channels", 3) != 3:
+        allowed = "a ControlNet that reads a picture of three channels, without global_pool_conditions"
+        raise InvalidRequestError("controls", path, allowed)
+    return config
 
 
 def _controlled(runner: TorchRunner, control: nn.Module, family: str, unet: nn.Module) -> TorchRunner:

@@ -99,11 +99,10 @@ def diffusion_flow(
     return FlowSpec(windows=windows), _PERFLOW_USAGES[windows.prediction]
 
 
-def flow_matching(checkpoint: Checkpoint, *, max_mu: float, pipeline_sigmas: bool) -> FlowSpec:
+def flow_matching(checkpoint: Checkpoint, *, pipeline_sigmas: bool) -> FlowSpec:
     """The flow of a transformer with a flow-matching scheduler.
 
     Args:
-        max_mu: of the dynamic shift, where the scheduler does not say.
         pipeline_sigmas: the reference pipeline hands evenly spaced sigmas to the scheduler (FLUX), rather than leave
             the spacing to it (SD3).
     """
@@ -113,7 +112,7 @@ def flow_matching(checkpoint: Checkpoint, *, max_mu: float, pipeline_sigmas: boo
         raise InvalidRequestError("model", given, f"the scheduler {_FLOW_MATCHING}, flow {AUTO} or {RECTIFIED}")
     dynamic = config.get("use_dynamic_shifting", False)
     schedule = ScheduleSpec(
-        shift=_dynamic_shift(config, max_mu) if dynamic else _static_shift(config),
+        shift=_dynamic_shift(config) if dynamic else _static_shift(config),
         grid="uniform" if pipeline_sigmas and not config.get("use_flow_sigmas") else "to-minimum",
         train_steps=config.get("num_train_timesteps", 1000),
     )
@@ -127,7 +126,7 @@ def _static_shift(config: Mapping[str, Any]) -> float:
     return float(config.get("shift", 1.0))
 
 
-def _dynamic_shift(config: Mapping[str, Any], max_mu: float) -> DynamicShift:
+def _dynamic_shift(config: Mapping[str, Any]) -> DynamicShift:
     _check_plain(config)
     if config.get("time_shift_type", "exponential") != "exponential":
         raise InvalidRequestError("model", f"time_shift_type {config['time_shift_type']}", "exponential")
@@ -135,7 +134,7 @@ def _dynamic_shift(config: Mapping[str, Any], max_mu: float) -> DynamicShift:
         base_tokens=config.get("base_image_seq_len") or 256,
         base_mu=config.get("base_shift") or 0.5,
         max_tokens=config.get("max_image_seq_len") or 4096,
-        max_mu=config.get("max_shift") or max_mu,
+        max_mu=config.get("max_shift") or 1.15,
     )
 
 

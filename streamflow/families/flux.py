@@ -49,7 +49,7 @@ def describe(checkpoint: Checkpoint) -> ModelCard:
         family="flux",
         parts=FOLDERS,
         # The network multiplies by 1000 itself.
-        flow=replace(flow_matching(checkpoint, max_mu=1.15, pipeline_sigmas=True), timestep_scale=1.0),
+        flow=replace(flow_matching(checkpoint, pipeline_sigmas=True), timestep_scale=1.0),
         usage=DEV if distilled else SCHNELL,
         size_px=(side, side),
         max_px=MAX_LATENTS * factor,

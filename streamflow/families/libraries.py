@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import InvalidRequestError, StreamFlowError
 
 if TYPE_CHECKING:
     import torch
@@ -92,8 +92,18 @@ def variant(folder: Path) -> str | None:
     return None if plain or len(variants) != 1 else variants.pop()
 
 
+def one_file(path: Path) -> Path:
+    """The safetensors file itself, or the only one in a folder. Raises ValueError."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} safetensors files; one is needed")
+    return files[0]
+
+
 @contextmanager
-def refused(part: Path) -> Iterator[None]:
+def refused(
+    part: Path, *, field: str = "model", allowed: str = "a part of a checkpoint whose files fit together"
+) -> Iterator[None]:
     """Turns what libraries raise for files that are incomplete, damaged or inconsistent into one error.
 
     Raises:
@@ -103,6 +113,8 @@ def refused(part: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except StreamFlowError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise InvalidRequestError("model", part, "a part of a checkpoint whose files fit together", reason) from (error)
+        raise InvalidRequestError(field, part, allowed, reason) from error

@@ -40,7 +40,7 @@ def describe(checkpoint: Checkpoint) -> ModelCard:
         checkpoint,
         family="sd3",
         parts=FOLDERS,
-        flow=flow_matching(checkpoint, max_mu=1.16, pipeline_sigmas=False),
+        flow=flow_matching(checkpoint, pipeline_sigmas=False),
         usage=USAGE,
         size_px=(side, side),
         max_px=config["pos_embed_max_size"] * patch * factor,

@@ -41,7 +41,7 @@ def describe(checkpoint: Checkpoint) -> ModelCard:
     config, factor = checkpoint.config(TRANSFORMER), latent_factor(checkpoint)
     # The positions of its tokens are those of one size.
     side = config["sample_size"] * factor
-    flow = flow_matching(checkpoint, max_mu=1.15, pipeline_sigmas=True)
+    flow = flow_matching(checkpoint, pipeline_sigmas=True)
     return make_card(
         checkpoint,
         family="sit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from streamflow.config import ModelSettings
 from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
 from streamflow.families import published_tiny
-from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.checkpoint import RECOMMENDED, Checkpoint
 from streamflow.families.flows import AUTO, check_flow
 
 DIGESTS = "digests.json"
@@ -82,7 +83,7 @@ def open_checkpoint(
 
     def beside(field: str, given: Path | None) -> Path | None:
         """What was given, or what the checkpoint says, as a path in its folder."""
-        return given or (folder / advice[field] if field in advice else None)
+        return given or (_inside(folder, field, advice[field]) if field in advice else None)
 
     return Checkpoint(
         folder,
@@ -99,8 +100,13 @@ def open_checkpoint(
 
 def default_name(model: Path) -> str:
     """By which clients know a model on the hub; empty for a folder, which has its own."""
-    found = None if model.is_dir() else _ON_HUB.fullmatch(str(model))
+    found = _on_hub(model)
     return found["repo"].partition("/")[2] if found else ""
+
+
+def _on_hub(model: Path) -> re.Match[str] | None:
+    """A folder that is not there, in one that is, is a mistake rather than a name on the hub."""
+    return None if model.is_dir() or Path(*model.parts[:1]).is_dir() else _ON_HUB.fullmatch(str(model))
 
 
 def local_folder(model: Path, *, allow_pickle: bool = False, single: bool = False) -> Path:
@@ -115,7 +121,7 @@ def local_folder(model: Path, *, allow_pickle: bool = False, single: bool = Fals
         InvalidRequestError: neither a folder nor a model that can be had.
         UnavailableError: the hub cannot be reached, or its library is not installed.
     """
-    found = None if model.is_dir() else _ON_HUB.fullmatch(str(model))
+    found = _on_hub(model)
     if found is None:
         return model
     return _download(found["repo"], found["revision"], allow_pickle=allow_pickle, single=single)
@@ -170,6 +176,15 @@ def _tiny_vae(given: Path | None, folder: Path, allow_pickle: bool) -> Path | No
     return _existing("tiny_vae", local_folder(published, allow_pickle=allow_pickle, single=True))
 
 
+def _inside(folder: Path, field: str, said: object) -> Path:
+    """It may come from the hub: nothing outside of it is looked at."""
+    # Not resolved: the hub's own files are links to where it keeps them.
+    path = Path(os.path.normpath(folder / said)) if isinstance(said, str) else None
+    if path is None or not path.is_relative_to(os.path.normpath(folder)):
+        raise InvalidRequestError(f"{RECOMMENDED}: {field}", said, "a path in the checkpoint's folder")
+    return path
+
+
 def _existing(field: str, path: Path | None) -> Path | None:
     if path is not None and not path.exists():
         raise InvalidRequestError(field, path, "a file or folder that is there")
@@ -184,7 +199,8 @@ def _named(field: str, folder: Path | None, endings: tuple[str, ...]) -> dict[st
         raise InvalidRequestError(field, folder, "a folder that is there")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if not (path.is_dir() or path.suffix in endings):
+        # What tools leave there, such as .cache.
+        if path.name.startswith(".") or not (path.is_dir() or path.suffix in endings):
             continue
         name = path.name if path.is_dir() else path.stem
         if not _NAME.fullmatch(name) or name in found:

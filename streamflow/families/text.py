@@ -72,7 +72,10 @@ class Tower:
     @classmethod
     def open(cls, spec: TowerSpec, checkpoint: Checkpoint, revision: str, open_part: OpenPart) -> Tower:
         folder = checkpoint.folder / spec.tokenizer
-        named = checkpoint.class_of(spec.tokenizer, "T5TokenizerFast" if spec.model == T5 else "CLIPTokenizer")
+        usual = ("T5TokenizerFast", "T5Tokenizer") if spec.model == T5 else ("CLIPTokenizer", "CLIPTokenizerFast")
+        named = checkpoint.class_of(spec.tokenizer, usual[0])
+        if named not in usual:
+            raise InvalidRequestError("model", f"{folder}: {named}", " or ".join(usual))
         # Without any of its files the library makes one up.
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model")):
             raise InvalidRequestError("model", folder, "a tokenizer, with its tokenizer.json or vocabulary")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamflow.families.autoencoders import latent_factor
 from streamflow.families.checkpoint import Checkpoint
-from streamflow.families.libraries import Weights, from_diffusers, refused
+from streamflow.families.libraries import Weights, from_diffusers, one_file, refused
 from streamflow.families.networks import latent_size, refiner
 from streamflow.flow.programs import BASE, REFINER
 from streamflow.flow.spec import FlowSpec
@@ -103,10 +103,7 @@ def add_delta(path: Path, network: Any) -> None:
     from safetensors.torch import load_file
 
     with refused(path):
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        if len(files) != 1:
-            raise ValueError(f"{len(files)} safetensors files; one is needed")
-        delta, own = load_file(files[0]), network.state_dict()
+        delta, own = load_file(one_file(path)), network.state_dict()
         foreign = [name for name, values in delta.items() if name not in own or own[name].shape != values.shape]
         if foreign:
             raise ValueError(f"{len(foreign)} of its tensors are not the network's, such as {foreign[0]}")

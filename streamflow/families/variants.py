@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streamflow.errors import InvalidRequestError
@@ -26,8 +27,10 @@ class Variants:
 
     Args:
         networks: the plain ones, by the names that programs use.
-        make: the base network of a variant.
-        kept: how many are kept; the one that was not used for the longest time goes first.
+        make: the base network of a variant that is not the plain one.
+        changing: names of the adapters that change the base network.
+        kept: how many are kept; the one that was not used for the longest time goes first. More than so many must not
+            be under way at once, or each tick would make them all again.
         on_drop: told of each that goes.
     """
 
@@ -36,17 +39,23 @@ class Variants:
         networks: Mapping[str, Network],
         make: Callable[[Variant], Network],
         *,
+        changing: Collection[str],
         kept: int = KEPT,
         on_drop: Callable[[Network], None] | None = None,
     ) -> None:
-        self._networks, self._make, self._kept, self._on_drop = networks, make, kept, on_drop
+        self.kept = kept
+        self._networks, self._make, self._changing, self._on_drop = networks, make, changing, on_drop
         self._made: OrderedDict[Variant, Network] = OrderedDict()
+
+    def relevant(self, variant: Variant) -> Variant:
+        """Without the adapters that change other networks only, such as text encoders."""
+        return replace(variant, adapters=tuple(use for use in variant.adapters if use.name in self._changing))
 
     def __call__(self, name: str, variant: Variant) -> Network:
         if name != BASE:
             return self._networks[name]
         if variant not in self._made:
-            while len(self._made) >= self._kept:
+            while len(self._made) >= self.kept:
                 _, dropped = self._made.popitem(last=False)
                 if self._on_drop is not None:
                     self._on_drop(dropped)
@@ -79,13 +88,10 @@ def load_variants(
     controls = load_controls(checkpoint, card, runner)
 
     def make(variant: Variant) -> Network:
-        uses = [use for use in variant.adapters if use.name in adapted.names]
-        module = adapted(uses) if uses else runner.module
-        if variant.control:
-            return network.using(controls[variant.control](module))
-        return network.using(runner.using(module)) if uses else network
+        module = adapted(variant.adapters) if variant.adapters else runner.module
+        return network.using(controls[variant.control](module) if variant.control else runner.using(module))
 
-    return Variants(denoiser.networks, make, kept=kept, on_drop=on_drop)
+    return Variants(denoiser.networks, make, changing=adapted.names, kept=kept, on_drop=on_drop)
 
 
 def check_backend(field: str, names: Collection[str], backend: str, *, allowed: tuple[str, ...]) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from streamflow.errors import InvalidRequestError
-from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.checkpoint import Checkpoint, pickles, weight_files
 
 _MOST_HEADER_BYTES = 100 * 2**20
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +22,10 @@ class PartWeights:
 
     Attributes:
         parameters: numbers, over all tensors.
-        file_bytes: on disk.
         dtypes: as they are stored, by safetensors' names.
     """
 
     parameters: int
-    file_bytes: int
     dtypes: tuple[str, ...]
 
 
@@ -68,43 +65,18 @@ def part_weights(part: Path, *, allow_pickle: bool = False, without: Sequence[st
     files = weight_files(part)
     if not files:
         _refuse_without(part, allow_pickle)
-        return PartWeights(0, sum(path.stat().st_size for path in _pickles(part)), ("?",))
+        # Their numbers cannot be read without loading them; they are as many as their bytes allow.
+        return PartWeights(sum(path.stat().st_size for path in pickles(part)) // 4, ("?",))
     tensors = [tensor for path in files for tensor in _header(path) if tensor.name.partition(".")[0] not in without]
     return PartWeights(
         sum(prod(tensor.shape) for tensor in tensors),
-        sum(path.stat().st_size for path in files),
         tuple(sorted({tensor.dtype for tensor in tensors})),
     )
 
 
-def weight_files(part: Path) -> list[Path]:
-    """The safetensors files from which a part is loaded: all shards, or the one file.
-
-    Raises:
-        InvalidRequestError: a shard is missing.
-    """
-    for index in sorted(part.glob("*.safetensors.index*.json")):
-        try:
-            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise InvalidRequestError("model", index, "a readable index of weights", str(error)) from error
-        missing = [name for name in shards if not (part / name).is_file()]
-        if missing:
-            raise InvalidRequestError("model", part, f"a part with all its weights; missing: {missing[0]}")
-        return [part / name for name in shards]
-    found = sorted(part.glob("*.safetensors"))
-    # Variants, such as those in half precision, stand beside the others.
-    plain = [path for path in found if path.name.count(".") == 1]
-    return plain or found[:1]
-
-
-def _pickles(part: Path) -> list[Path]:
-    return sorted(path for pattern in _PICKLES for path in part.glob(pattern))
-
-
 def _refuse_without(part: Path, allow_pickle: bool) -> None:
     """Raises InvalidRequestError, unless other formats were allowed and are there."""
-    others = _pickles(part)
+    others = pickles(part)
     if not others:
         raise InvalidRequestError("model", part, "a part with its weights, *.safetensors; there are none")
     if not allow_pickle:
@@ -129,6 +101,6 @@ def _header(path: Path) -> list[_Tensor]:
         if path.stat().st_size != needed:
             raise ValueError(f"{path.stat().st_size} bytes, of {needed}")
         return [_Tensor(name, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error) as error:
         reason = f"it is cut or damaged: {error}"
         raise InvalidRequestError("model", path, "a whole safetensors file", reason) from error

@@ -24,10 +24,11 @@ from streamflow.rpc.convert import (
 from streamflow.types import ModelCard, OutputSpec, Variant
 from streamflow.v1 import types_pb2
 from streamflow.validation import (
-    check_class_label,
     check_control_image,
     check_sampling,
     check_size,
+    check_subjects,
+    check_true_cfg_scale,
     check_variant,
     texts_for,
 )
@@ -89,8 +90,9 @@ def _read(spec: types_pb2.JobSpec, index: int, card: ModelCard) -> ImageRequest:
     subjects = texts_from_pb(request)
     if not 0 <= index < len(subjects) * per_prompt:
         raise InvalidRequestError("index", index, f"less than {len(subjects) * per_prompt}")
-    for label in request.class_labels:
-        check_class_label(card, label)
+    beside = {"negative_prompt": request.negative_prompt, "source_prompt": request.source_prompt}
+    check_subjects(card, request.prompts, request.class_labels, most=len(subjects), **beside)
+    check_true_cfg_scale(card, true_cfg_scale(request), request.negative_prompt)
     check_size(card, "width", request.width)
     check_size(card, "height", request.height)
     if spec.mask_blob and not spec.init_image_blob:

@@ -30,10 +30,11 @@ from streamflow.flow.guidance import Guidance
 from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler, parse_sampler, sampler_steps
+from streamflow.stages.mixes import Mixes, fits
 from streamflow.stages.runner import EngineRunner, TickRecord
 from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, choose_step, measured_cost, pad, pad_to_one
 from streamflow.telemetry import get_logger
-from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
+from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors, Variant
 from streamflow.validation import check_control_image, check_variant
 
 DEFAULT_SLOTS = 16
@@ -78,6 +79,8 @@ class DenoiserStage:
         self._runner: EngineRunner | None = None
         self._changeable_jobs: dict[Hashable, tuple[Hashable, DenoiseJob]] = {}
         self._stack = AsyncExitStack()
+        self._variants, self._most_mixes = variants, variants.kept if variants else 0
+        self._mixes = Mixes(self._most_mixes)
 
     @classmethod
     def load(
@@ -210,10 +213,10 @@ class DenoiserStage:
         """
         waiting = [self.image(job, handle=position) for position, job in enumerate(jobs)]
         finished: dict[Hashable, np.ndarray] = {}
+        under_way: dict[Hashable, Variant] = {}
         try:
             while len(finished) < len(jobs):
-                while waiting and self._engine.free:
-                    self._engine.admit(waiting.pop(0))
+                self._admit(waiting, under_way)
                 report = self._engine.tick()
                 if on_progress is not None:
                     for progress in report.progress:
@@ -221,6 +224,8 @@ class DenoiserStage:
                 for error in report.failed.values():
                     raise error
                 finished |= report.retired
+                for position in report.retired:
+                    del under_way[position]
         finally:
             for position in range(len(jobs)):
                 self._engine.cancel(position)
@@ -264,7 +269,16 @@ class DenoiserStage:
         preview = (lambda event: on_preview(event.step, event.latents)) if on_preview else None
         image = self.image(job, handle=next(self._handles))
         with self._changeable(key, image.handle, job):
-            return await self._entered.run(image, on_progress=progress, on_preview=preview, on_wait=on_wait)
+            async with self._mixes.held(image.variant, on_wait=on_wait):
+                return await self._entered.run(image, on_progress=progress, on_preview=preview, on_wait=on_wait)
+
+    def _admit(self, waiting: list[Image], under_way: dict[Hashable, Variant]) -> None:
+        """Gives slots to images that wait, as far as there are any, and as many variants as are kept."""
+        for image in list(waiting):
+            if self._engine.free and fits(image.variant, under_way.values(), most=self._most_mixes):
+                self._engine.admit(image)
+                under_way[image.handle] = image.variant
+                waiting.remove(image)
 
     def suspend(self) -> None:
         """Ends every `denoise` after the current tick with SuspendedError, and takes no more."""
@@ -328,7 +342,7 @@ class DenoiserStage:
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
             resume=resume,
-            variant=job.variant,
+            variant=self._variants.relevant(job.variant) if self._variants else job.variant,
             inputs={**self._denoiser.row_inputs(job.height, job.width, job.guidance), **_control_inputs(job)},
         )
 

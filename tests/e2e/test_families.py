@@ -153,6 +153,7 @@ async def test_adapters_and_a_control_in_requests(tmp_path: Path) -> None:
     assert len({result.files[0] for result in made}) == len(options)
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 async def test_labels_in_place_of_prompts(tmp_path: Path) -> None:
     """Two labels with two pictures each; the last of them alone is the same."""

@@ -20,46 +20,45 @@ from tests.checkpoints.transformers import save_flux_checkpoint, save_sd3_checkp
 LOAD = """
 import gc, json, sys
 import torch
-from streamflow.stages.{module} import {stage}
+from streamflow.stages.decoder import DecoderStage
+from streamflow.stages.denoiser import DenoiserStage
+from streamflow.stages.encoder import EncoderStage
 
-stage = {stage}.load(sys.argv[1], device="cpu", backend="torch"{more})
-modules = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module)]
-weights = {{id(one): one for module in modules for one in module.state_dict(keep_vars=True).values()}}
-print(json.dumps({{
-    "classes": sorted({{type(one).__name__ for one in modules}}),
-    "bytes": sum(one.numel() * one.element_size() for one in weights.values()),
-}}))
+def held():
+    gc.collect()
+    modules = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module)]
+    weights = {id(one): one for module in modules for one in module.state_dict(keep_vars=True).values()}
+    total = sum(one.numel() * one.element_size() for one in weights.values())
+    return {"classes": sorted({type(one).__name__ for one in modules}), "bytes": total}
+
+told = {}
+kinds = {"decode": (DecoderStage, {}), "denoise": (DenoiserStage, {"slots": 2}), "encode": (EncoderStage, {})}
+for name, (kind, more) in kinds.items():
+    stage = kind.load(sys.argv[1], device="cpu", backend="torch", **more)
+    told[name] = held()
+    stage.close() if hasattr(stage, "close") else None
+    del stage
+print(json.dumps(told))
 """
-STAGES = {
-    Stage.ENCODE: ("encoder", "EncoderStage", ""),
-    Stage.DENOISE: ("denoiser", "DenoiserStage", ", slots=2"),
-    Stage.DECODE: ("decoder", "DecoderStage", ""),
-}
-
-
-def loaded(folder: Path, stage: Stage) -> tuple[set[str], int]:
-    """Classes of the modules, and bytes of the weights, that a process holds which has loaded the stage."""
-    module, name, more = STAGES[stage]
-    program = LOAD.format(module=module, stage=name, more=more)
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=120, check=True
-    )
-    told = json.loads(done.stdout.splitlines()[-1])
-    return set(told["classes"]), told["bytes"]
 
 
 def test_each_stage_of_sd3_holds_its_own_networks_and_what_was_planned(tmp_path: Path) -> None:
+    """In a process that has loaded nothing else, one stage after the other."""
     folder = save_sd3_checkpoint(tmp_path / "sd3")
     planned = plan(folder, torch.float32)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(folder)], capture_output=True, text=True, timeout=120, check=True
+    )
+    told = json.loads(done.stdout.splitlines()[-1])
     own = {
         Stage.ENCODE: {"CLIPTextModelWithProjection", "T5EncoderModel", "AutoencoderKL"},
         Stage.DENOISE: {"SD3Transformer2DModel"},
         Stage.DECODE: {"AutoencoderKL", "AutoencoderTiny"},
     }
     for stage, classes in own.items():
-        found, held_bytes = loaded(folder, stage)
+        found = set(told[stage.value]["classes"])
         assert found & set().union(*own.values()) == classes
-        assert held_bytes == planned.memory_bytes(stage, slots=0) > 0
+        assert told[stage.value]["bytes"] == planned.memory_bytes(stage, slots=0) > 0
         # The half of an autoencoder that the stage has no use for is gone too.
         assert ("Decoder" in found, "Encoder" in found) == (stage is Stage.DECODE, stage is Stage.ENCODE)
 
