@@ -67,8 +67,8 @@ def models(
 
     A model is live while every stage has a replica that takes work for it; the first one is the default.
 
-    With a CHECKPOINT no gateway is asked: its configs and the headers of its weights tell which networks each service
-    would load, and how much memory they take.
+    With a CHECKPOINT no gateway is asked and nothing is loaded: its configs and the headers of its weights tell which
+    networks each service would load, and how much memory they take.
 
     \b
     Examples:

@@ -165,6 +165,15 @@ def test_what_does_not_fit_is_refused(root: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), "cross_attention_dim": 24}))
     with pytest.raises(InvalidRequestError, match=r"edges'; allowed: a ControlNet whose cross_attention_dim is 16"):
         DenoiserStage.load(open_checkpoint(root / "sd", flow="perflow", controls=tmp_path / "controls"), device="cpu")
+    for change, reason in (
+        ({"_class_name": "ControlNetUnionModel"}, "a ControlNetModel; it is a ControlNetUnionModel"),
+        ({"global_pool_conditions": True}, "without global_pool_conditions"),
+    ):
+        config.write_text(json.dumps({**json.loads((root / "controls/edges/config.json").read_text()), **change}))
+        with pytest.raises(InvalidRequestError, match=f"controls: got .*edges'; allowed: .*{reason}"):
+            DenoiserStage.load(
+                open_checkpoint(root / "sd", flow="perflow", controls=tmp_path / "controls"), device="cpu"
+            )
     with pytest.raises(
         InvalidRequestError, match=r"controls: got 'edges'; allowed: none: the family flux takes no Cont"
     ):

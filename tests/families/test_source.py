@@ -137,6 +137,52 @@ def test_a_folder_may_say_all_that_belongs_to_it(diffusion: Path, tmp_path: Path
     assert families.describe(checkpoint).adapters == ("ink",)
 
 
+@pytest.mark.parametrize("said", ['"/etc"', '"../elsewhere"', "5"])
+def test_a_folder_names_nothing_outside_of_it(diffusion: Path, tmp_path: Path, said: str) -> None:
+    """It may have been downloaded."""
+    (tmp_path / "elsewhere").mkdir()
+    copy = shutil.copytree(diffusion, tmp_path / "copy")
+    (copy / "streamflow.json").write_text(f'{{"flow": "perflow", "adapters": {said}}}')
+    with pytest.raises(InvalidRequestError, match=r"streamflow.json: adapters: got .*; allowed: a path in the checkp"):
+        checkpoint_from(settings(tmp_path, copy))
+
+
+def test_a_folder_that_is_missing_in_one_that_is_there_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidRequestError, match="got 'checkpoints/sd'; allowed: the folder of a checkpoint"):
+        families.describe(checkpoint_from(settings(tmp_path, "checkpoints/sd")))
+
+
+def test_other_forms_of_the_same_weights_are_not_of_the_revision(diffusion: Path, tmp_path: Path) -> None:
+    """Other tools put them into the same folder; what changes tensors is of it."""
+    copy = shutil.copytree(diffusion, tmp_path / "copy")
+    before = families.describe(Checkpoint(copy, flow="perflow")).revision
+    (copy / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not loaded")
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+    assert families.describe(Checkpoint(copy, flow="perflow")).revision == before
+    (copy / "streamflow.json").write_text('{"max_width": 128}')
+    assert families.describe(Checkpoint(copy, flow="perflow")).revision != before
+
+
+def test_an_adapter_and_a_control_of_one_name_are_both_of_the_revision(diffusion: Path, tmp_path: Path) -> None:
+    for kind in ("adapters", "controls"):
+        (tmp_path / kind / "edges").mkdir(parents=True)
+        (tmp_path / kind / "edges" / "weights.safetensors").write_bytes(kind.encode())
+    kinds = {
+        "adapters": {"edges": tmp_path / "adapters" / "edges"},
+        "controls": {"edges": tmp_path / "controls" / "edges"},
+    }
+    revisions = {
+        Checkpoint(diffusion, **chosen).revision("weights")
+        for chosen in ({}, {"adapters": kinds["adapters"]}, {"controls": kinds["controls"]}, kinds)
+    }
+    assert len(revisions) == 4
+
+
 def test_digests_of_large_files_are_computed_once(diffusion: Path, tmp_path: Path) -> None:
     """And once more when a file was changed, even where its size is the same."""
     from streamflow.families import checkpoint as module
