@@ -20,7 +20,7 @@ from streamflow.stages.denoiser import DenoiserStage
 from streamflow.transport import codec
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors
 from streamflow.v1 import denoiser_pb2, denoiser_pb2_grpc
-from streamflow.validation import check_guidance, check_request_id, check_sampling, check_size
+from streamflow.validation import check_guidance, check_request_id, check_sampling, check_size, check_true_cfg_scale
 
 NAME = denoiser_pb2.DESCRIPTOR.services_by_name["Denoiser"].full_name
 
@@ -95,6 +95,9 @@ def read_job(request: denoiser_pb2.DenoiseRequest, card: ModelCard) -> DenoiseJo
     guidance = guidance_from_pb(
         request.guidance_scale, request.guidance, card=card, true_cfg_scale=true_cfg_scale(request)
     )
+    # The texts are not here: whether there is a negative one, its tensors say.
+    negative = "given" if request.HasField("negative_conditioning") else ""
+    check_true_cfg_scale(card, true_cfg_scale(request), negative)
     strength = request.strength if request.HasField("strength") else 1.0
     check_sampling(
         card,

@@ -107,6 +107,7 @@ async def denoised(deployment: LocalDeployment, **wanted: Any) -> np.ndarray:
         return codec.from_pb(last.latents, field="latents")
 
 
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 async def test_adapters_and_a_control_in_requests(tmp_path: Path) -> None:
     """Beside a plain request, all through one denoiser; each as if alone."""

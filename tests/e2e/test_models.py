@@ -21,6 +21,7 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400
 WISH = Wish("a red circle", {"steps": 3, "seed": 7, "guidance_scale": 2.0})
 
 
+@pytest.mark.nightly
 async def test_two_models_are_served_side_by_side(shapes: Path, sd_checkpoint: Path, fused: Pipeline) -> None:
     tiny = Pipeline.from_pretrained(sd_checkpoint, device="cpu", deterministic=True)
     async with (

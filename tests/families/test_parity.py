@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,9 @@ class Case:
 def cases(
     guidances: Sequence[Guidance], *, steps: Sequence[int] = STEPS, sizes: Sequence[tuple[int, int]] = SIZES
 ) -> list[Case]:
-    return [Case(*values, seed) for seed, values in enumerate(product(steps, guidances, sizes))]
+    """All of them with each other; of the longest runs, one for each guidance and size."""
+    few, longest = product(steps[:-1], guidances, sizes), zip(cycle(steps[-1:]), guidances, cycle(sizes[::-1]))
+    return [Case(*values, seed) for seed, values in enumerate([*few, *longest])]
 
 
 def check(checkpoint: Checkpoint, every: Sequence[Case], reference: Callable[[Case], torch.Tensor]) -> None:
