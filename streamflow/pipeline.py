@@ -27,7 +27,16 @@ from streamflow.pictures import Picture, keep_unmasked, load_source
 from streamflow.stages.decoder import DecoderStage
 from streamflow.stages.denoiser import DEFAULT_SLOTS, DenoiserStage
 from streamflow.stages.encoder import EncoderStage
-from streamflow.types import AdapterUse, DecoderKind, DenoiseJob, EncodedJob, EncodeJob, ModelCard, Variant
+from streamflow.types import (
+    AdapterUse,
+    DecoderKind,
+    DenoiseJob,
+    EncodedJob,
+    EncodeJob,
+    ModelCard,
+    Variant,
+    adapter_uses,
+)
 from streamflow.validation import (
     check_control_image,
     check_count,
@@ -329,17 +338,14 @@ def _guidance(
     if mode not in list(GuidanceMode):
         raise InvalidRequestError("guidance_mode", mode, ", ".join(GuidanceMode))
     start, end = (1.0, 0.0) if interval is None else read_interval(interval)
-    embedded = 0.0
-    if card.embedded_guidance:
-        scale, embedded = true_cfg_scale or 1.0, scale
+    scale, embedded = card.guidance_scales(scale, true_cfg_scale)
     return Guidance(scale, start, end, GuidanceMode(mode), residual, embedded)
 
 
 def _adapters(given: Mapping[str, float] | Sequence[str]) -> tuple[AdapterUse, ...]:
-    """In the order of their names; those of weight 0 change nothing."""
     if isinstance(given, Mapping):
-        return tuple(sorted(AdapterUse(name, weight) for name, weight in given.items() if weight))
-    return tuple(sorted(AdapterUse(name) for name in ([given] if isinstance(given, str) else given)))
+        return adapter_uses(given.items())
+    return adapter_uses((name, 1.0) for name in ([given] if isinstance(given, str) else given))
 
 
 def _control_pixels(image: Picture | None, size: tuple[int, int]) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -103,6 +103,10 @@ class ModelCard:
     adapters: tuple[str, ...] = ()
     controls: tuple[str, ...] = ()
 
+    def guidance_scales(self, guidance_scale: float, true_cfg_scale: float | None) -> tuple[float, float]:
+        """Of the guidance between two rows, and what the network is fed, from what a request says."""
+        return (true_cfg_scale or 1.0, guidance_scale) if self.embedded_guidance else (guidance_scale, 0.0)
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class AdapterUse:
@@ -114,6 +118,11 @@ class AdapterUse:
     def __post_init__(self) -> None:
         # As requests carry it: all forms add the same.
         object.__setattr__(self, "weight", float(np.float32(self.weight)))
+
+
+def adapter_uses(weights: Iterable[tuple[str, float]]) -> tuple[AdapterUse, ...]:
+    """In the order of their names; those of weight 0 change nothing and are left out."""
+    return tuple(sorted(AdapterUse(name, weight) for name, weight in weights if weight))
 
 
 @dataclass(frozen=True, slots=True)

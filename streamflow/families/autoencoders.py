@@ -59,14 +59,14 @@ def decoder_part(checkpoint: Checkpoint, kind: DecoderKind, card: ModelCard) -> 
         )
     if checkpoint.tiny_folder is None:
         raise InvalidRequestError("decoder", kind.value, "full", f"{checkpoint.folder} has no tiny_vae folder")
-    folder, pickle = checkpoint.tiny_folder, checkpoint.allow_pickle
-    load = Weights(from_diffusers, "AutoencoderTiny", folder, pickle, without=_ENCODING[:1])
+    folder, any_format = checkpoint.tiny_folder, checkpoint.allow_pickle
+    load = Weights(from_diffusers, "AutoencoderTiny", folder, any_format, without=_ENCODING[:1])
     return Part("tiny_decoder", card.weights_revision, latents, "images", load, call_decoder, size, factor)
 
 
 def _vae(checkpoint: Checkpoint, *, without: tuple[str, ...]) -> Weights:
-    folder, pickle = checkpoint.folder / "vae", checkpoint.allow_pickle
-    return Weights(from_diffusers, "AutoencoderKL", folder, pickle, without=without)
+    folder, any_format = checkpoint.folder / "vae", checkpoint.allow_pickle
+    return Weights(from_diffusers, "AutoencoderKL", folder, any_format, without=without)
 
 
 def _upcast(checkpoint: Checkpoint, card: ModelCard) -> bool:

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 CONTROL_IMAGE, CONTROL_SCALE = "control_image", "control_scale"
 """What rows are fed besides: the picture in [0, 1], [rows, 3, height, width], and how strongly it acts, [rows]."""
 
-FAMILIES = ("sd", "sdxl")
+TAKE_CONTROLS = ("sd", "sdxl")
+"""Families."""
 
 _SHARED = ("in_channels", "cross_attention_dim", "block_out_channels", "addition_embed_type")
 """Fields of the config that must be those of the UNet."""
@@ -41,7 +42,7 @@ def load_controls(checkpoint: Checkpoint, card: ModelCard, runner: TorchRunner) 
     Raises:
         InvalidRequestError: the family takes none, or one is damaged or for another UNet.
     """
-    if checkpoint.controls and card.family not in FAMILIES:
+    if checkpoint.controls and card.family not in TAKE_CONTROLS:
         names = ", ".join(checkpoint.controls)
         raise InvalidRequestError("controls", names, f"none: the family {card.family} takes no ControlNets")
     return {name: _load(path, checkpoint, card, runner) for name, path in checkpoint.controls.items()}

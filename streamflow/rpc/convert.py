@@ -18,6 +18,7 @@ from streamflow.types import (
     OutputSpec,
     Variant,
     WorkerInfo,
+    adapter_uses,
 )
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -136,9 +137,10 @@ def guidance_from_pb(
     """
     if options.mode not in types_pb2.GuidanceMode.values():
         raise InvalidRequestError("guidance.mode", options.mode, "one of " + ", ".join(types_pb2.GuidanceMode.keys()))
+    scale, embedded = card.guidance_scales(scale, true_cfg_scale)
     return Guidance(
-        scale=(true_cfg_scale or 1.0) if card.embedded_guidance else scale,
-        embedded=scale if card.embedded_guidance else 0.0,
+        scale=scale,
+        embedded=embedded,
         start_sigma=options.start_sigma if options.HasField("start_sigma") else 1.0,
         end_sigma=options.end_sigma,
         mode=_known(options.mode, _MODES_BACK, GuidanceMode.FULL, "guidance mode"),
@@ -212,9 +214,7 @@ def texts_from_pb(request: types_pb2.GenerateRequest) -> list[str]:
 
 
 def adapters_from_pb(adapters: Iterable[types_pb2.Adapter]) -> tuple[AdapterUse, ...]:
-    """In the order of their names; those of weight 0 change nothing and are left out."""
-    uses = [AdapterUse(one.name, one.weight if one.HasField("weight") else 1.0) for one in adapters]
-    return tuple(sorted(use for use in uses if use.weight))
+    return adapter_uses((one.name, one.weight if one.HasField("weight") else 1.0) for one in adapters)
 
 
 def variant_from_pb(request: types_pb2.GenerateRequest | denoiser_pb2.DenoiseRequest) -> Variant:

@@ -24,12 +24,12 @@ from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families import Source, load_denoiser
 from streamflow.families.base import Denoiser
 from streamflow.families.checkpoint import Checkpoint
-from streamflow.families.controls import CONTROL_IMAGE, CONTROL_SCALE
 from streamflow.families.variants import Variants, check_backend, load_variants
 from streamflow.flow.guidance import Guidance
 from streamflow.flow.noise import initial_noise
 from streamflow.flow.programs import BASE, Program, Role
 from streamflow.flow.samplers import SamplerRequest, compile_sampler, parse_sampler, sampler_steps
+from streamflow.stages.arrays import control_inputs, mask_tensor, tensor
 from streamflow.stages.mixes import Mixes, fits
 from streamflow.stages.runner import EngineRunner, TickRecord
 from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, choose_step, measured_cost, pad, pad_to_one
@@ -326,7 +326,7 @@ class DenoiserStage:
             raise InvalidRequestError("conditioning", given, f"one: the sampler {job.sampler} uses it")
         if job.mask is not None and job.init_latents is None:
             raise InvalidRequestError("mask", "a mask without init latents", "a mask together with an init image")
-        noise = initial_noise(job.seed, shape) if job.noise is None else _tensor("noise", job.noise, shape)
+        noise = initial_noise(job.seed, shape) if job.noise is None else tensor("noise", job.noise, shape)
         resume = job.resume
         if resume is not None and resume.ops != len(program):
             # It comes from a denoiser of another version.
@@ -337,13 +337,13 @@ class DenoiserStage:
             program=program,
             noise=noise,
             conditioning={role: self._conditioning(role, job.conditioning[role]) for role in program.roles},
-            source=None if job.init_latents is None else _tensor("init_latents", job.init_latents, shape),
-            mask=None if job.mask is None else _mask(job.mask, shape[1:]),
+            source=None if job.init_latents is None else tensor("init_latents", job.init_latents, shape),
+            mask=None if job.mask is None else mask_tensor(job.mask, shape[1:]),
             seed=job.seed,
             preview_interval=job.preview_interval_steps,
             resume=resume,
             variant=self._variants.relevant(job.variant) if self._variants else job.variant,
-            inputs={**self._denoiser.row_inputs(job.height, job.width, job.guidance), **_control_inputs(job)},
+            inputs={**self._denoiser.row_inputs(job.height, job.width, job.guidance), **control_inputs(job)},
         )
 
     def _program(self, job: DenoiseJob, shape: tuple[int, int, int], resume_at: int) -> Program:
@@ -358,7 +358,7 @@ class DenoiserStage:
         field = f"{role.name.lower()} conditioning"
         if set(tensors) != set(shapes):
             raise InvalidRequestError(field, sorted(tensors), "the tensors " + ", ".join(shapes))
-        return {name: _tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
+        return {name: tensor(f"{field}.{name}", tensors[name], shape) for name, shape in shapes.items()}
 
     @property
     def _entered(self) -> EngineRunner:
@@ -390,30 +390,3 @@ def _changed(job: DenoiseJob, change: JobChange) -> DenoiseJob:
         strength=job.strength if change.strength is None else change.strength,
         resume=None,
     )
-
-
-def _control_inputs(job: DenoiseJob) -> dict[str, torch.Tensor]:
-    """What a ControlNet reads, as it was trained: colours in [0, 1]."""
-    if job.control_image is None:
-        return {}
-    shape = (job.height, job.width, 3)
-    if job.control_image.dtype != np.uint8 or job.control_image.shape != shape:
-        given = f"{job.control_image.dtype} {list(job.control_image.shape)}"
-        raise InvalidRequestError("control_image", given, f"uint8 {list(shape)}")
-    image = torch.from_numpy(job.control_image.transpose(2, 0, 1).astype(np.float32) / 255)
-    return {CONTROL_IMAGE: image, CONTROL_SCALE: torch.tensor(job.control_scale)}
-
-
-def _mask(mask: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    tensor = _tensor("mask", mask, shape)
-    if not 0 <= tensor.min() <= tensor.max() <= 1:
-        given = f"values from {tensor.min():g} to {tensor.max():g}"
-        raise InvalidRequestError("mask", given, "0 (stays as it is) to 1 (is made anew)")
-    return tensor
-
-
-def _tensor(field: str, array: np.ndarray, shape: tuple[int, ...]) -> torch.Tensor:
-    if array.shape != shape:
-        raise InvalidRequestError(field, f"shape {list(array.shape)}", f"shape {list(shape)}")
-    # Not ascontiguousarray, which gives an array without axes one.
-    return torch.from_numpy(np.asarray(array, dtype=np.float32, order="C"))
