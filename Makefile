@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that share the tests, file by file; each starts what it needs.
+TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo test test-faults nightly gpu-check gpu-bench lint types protos check-protos model clean
@@ -23,7 +25,7 @@ demo: $(STAMP)  ## Start everything on this machine, make pictures of a dozen pr
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP)  ## All tests, with real processes and a real Redis
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load; QUICK=1 for the short one
 	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults $(FAULTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -119,10 +119,14 @@ class AdapterUse:
         # As requests carry it: all forms add the same.
         object.__setattr__(self, "weight", float(np.float32(self.weight)))
 
+    def changes(self, names: Collection[str]) -> bool:
+        """Whether it changes a network that the adapters of these names can change."""
+        return self.weight != 0 and self.name in names
+
 
 def adapter_uses(weights: Iterable[tuple[str, float]]) -> tuple[AdapterUse, ...]:
-    """In the order of their names; those of weight 0 change nothing and are left out."""
-    return tuple(sorted(AdapterUse(name, weight) for name, weight in weights if weight))
+    """In the order of their names."""
+    return tuple(sorted(AdapterUse(name, weight) for name, weight in weights))
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,14 +32,16 @@ def make_card(
     patch: int = 1,
     **more: Any,
 ) -> ModelCard:
-    """Args:
-    parts: folders that are served; they make the revision.
-    usage: where `streamflow.json` does not say otherwise.
-    size_px: default height and width.
-    max_px: longest side; None = some times the default.
-    flow_name: as which the weights are served, see flows.py.
-    patch: latents are taken in squares of so many on a side.
-    more: further fields of the card.
+    """The card of a checkpoint; what its `streamflow.json` recommends goes before what its family does.
+
+    Args:
+        parts: folders that are served; they make the revision.
+        usage: as the family recommends it.
+        size_px: default height and width.
+        max_px: longest side; None = some times the default.
+        flow_name: as which the weights are served, see flows.py.
+        patch: latents are taken in squares of so many on a side.
+        more: further fields of the card.
     """
     advice, (height, width) = checkpoint.recommended, size_px
     factor, decoders = latent_factor(checkpoint), decoder_kinds(checkpoint)

@@ -136,7 +136,7 @@ class PromptEncoder:
 
     def relevant(self, adapters: Sequence[AdapterUse]) -> tuple[AdapterUse, ...]:
         names = frozenset[str]().union(*(adapted.names for adapted in self._adapted.values()))
-        return tuple(use for use in adapters if use.name in names)
+        return tuple(use for use in adapters if use.changes(names))
 
     def truncated(self, prompt: str) -> str:
         """What no tower reads."""
@@ -147,7 +147,7 @@ class PromptEncoder:
 
     def _tower(self, tower: Tower, uses: tuple[AdapterUse, ...]) -> Tower:
         adapted = self._adapted.get(tower.spec.folder)
-        own = [use for use in uses if adapted and use.name in adapted.names]
+        own = [use for use in uses if adapted and use.changes(adapted.names)]
         if adapted is None or not own:
             return tower
         return replace(tower, runner=torch_runner(tower.runner).using(adapted(own)))

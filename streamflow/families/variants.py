@@ -48,8 +48,8 @@ class Variants:
         self._made: OrderedDict[Variant, Network] = OrderedDict()
 
     def relevant(self, variant: Variant) -> Variant:
-        """Without the adapters that change other networks only, such as text encoders."""
-        return replace(variant, adapters=tuple(use for use in variant.adapters if use.name in self._changing))
+        """Without the adapters that change nothing here: those of weight 0, and those of text encoders only."""
+        return replace(variant, adapters=tuple(use for use in variant.adapters if use.changes(self._changing)))
 
     def __call__(self, name: str, variant: Variant) -> Network:
         if name != BASE:

@@ -79,7 +79,9 @@ class PeRFlow(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return ((sample + (after - t) * (end - sample) / (e - t)).float(),)
 
     def _end(self, x: Tensor, eps: Tensor, t: float, s: float, e: float) -> Tensor:
-        """Where the window ends, by the predicted noise."""
+        """Where the window ends, by the predicted noise; or the velocity, as in the weights for SD 2.1."""
+        if self.config.prediction == "velocity":
+            return x + (e - t) * eps
         at_s, at_e = self.alphas[max(int(1000 * s - 1), 0)], self.alphas[max(int(1000 * e - 1), 0)]
         gamma = (at_s / at_e).sqrt()
         if self.config.prediction == "diff_eps":

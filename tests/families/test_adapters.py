@@ -175,8 +175,11 @@ def test_adapters_in_the_fused_pipeline(sd: Made) -> None:
     ours = pipeline(PROMPT, negative_prompt=NEGATIVE, steps=4, guidance_scale=3.0, seed=5, adapters={"ink": 0.7})
     call = {"negative_prompt": NEGATIVE, "guidance_scale": 3.0, "num_inference_steps": 4, "generator": seeded(5)}
     assert relative(ours.latents[0], expected(sd, (("ink", 0.7),), **call)[0].numpy()) < 1e-4
+    plain, nothing = (pipeline(PROMPT, steps=4, seed=5, adapters=uses) for uses in ((), {"ink": 0}))
+    assert np.array_equal(plain.latents, nothing.latents)
     for wrong, message in (
         ({"adapters": ["oil"]}, "adapters: got 'oil'; allowed: one of ink, wash"),
+        ({"adapters": {"oil": 0}}, "adapters: got 'oil'; allowed: one of ink, wash"),
         ({"adapters": ["ink", "ink"]}, "adapters: got 'ink'; allowed: each name once"),
         ({"adapters": {"ink": 11}}, "adapters: got 'ink with weight 11'; allowed: -10 to 10"),
         ({"adapters": {"ink": float("nan")}}, "ink with weight nan"),

@@ -5,6 +5,8 @@ All images of a family, with other steps, guidance and sizes, run in one batch; 
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +126,22 @@ def test_perflow(diffusion: Path) -> None:
     checkpoint = Checkpoint(diffusion, flow="perflow")
     assert families.describe(checkpoint).default_sampler == "perflow"
     check(checkpoint, cases([Guidance(1.0), Guidance(7.5)], steps=(4, 5, 28)), reference)
+
+
+def test_perflow_that_predicts_the_velocity(diffusion: Path, tmp_path: Path) -> None:
+    """As for SD 2.1, with PeRFlow's own scheduler in the folder."""
+    folder = shutil.copytree(diffusion, tmp_path / "velocity")
+    config = {"_class_name": "PeRFlowScheduler", "prediction_type": "velocity"}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    pipeline = load_sd(folder, PeRFlow(prediction="velocity"))
+
+    def reference(case: Case) -> torch.Tensor:
+        scale = case.guidance.scale
+        return pipeline(PROMPT, negative_prompt=NEGATIVE, guidance_scale=scale, **case.call).images[0]
+
+    card = families.describe(folder)
+    assert (card.default_sampler, card.default_steps, card.default_guidance_scale) == ("perflow", 8, 7.5)
+    check(Checkpoint(folder), cases([Guidance(1.0), Guidance(7.5)], steps=(4, 5, 8)), reference)
 
 
 def test_instaflow_and_two_rectified_flow(diffusion: Path) -> None:
