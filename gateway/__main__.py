@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 
 import grpc
 
@@ -11,6 +12,7 @@ from gateway.models import Models, Served
 from gateway.pipeline import DECODERS_AT_ONCE
 from gateway.servicer import GatewayServicer
 from gateway.upkeep import keep_up
+from gateway.watching import GatewayWatch
 from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
@@ -18,6 +20,8 @@ from streamflow.families.source import checkpoint_from
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.server import RpcServer, Service, server_credentials
 from streamflow.telemetry import Counters, configure_logging
+from streamflow.telemetry.metrics import registry, serving
+from streamflow.telemetry.traces import open_tracing
 from streamflow.transport.base import Limits
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
@@ -27,8 +31,10 @@ async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
     keys = ApiKeys.load(settings.api_keys_file)
     counters = Counters()
-    models = _models(settings, counters)
-    servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters)
+    metrics, tracing = registry(), open_tracing(settings.traces, service="gateway", ratio=settings.trace_ratio)
+    watch = GatewayWatch(metrics, counts=counters.snapshot)
+    models = _models(settings, counters, watch)
+    servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters, tracing=tracing)
     name = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
     server = RpcServer(
         settings,
@@ -36,20 +42,24 @@ async def serve(settings: GatewaySettings) -> None:
         keys=keys,
         credentials=_credentials(settings),
         on_drain=models.drain,
+        on_call=watch.called,
     )
     stop = asyncio.Event()
     try:
-        async with server, asyncio.TaskGroup() as tasks:
-            transports = [each.transport for each in models]
-            upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
-            tasks.create_task(upkeep, name="upkeep")
-            await server.run_until_stopped()
-            stop.set()
+        with serving(metrics, host=settings.host, port=settings.metrics_port):
+            async with server, asyncio.TaskGroup() as tasks:
+                transports = [each.transport for each in models]
+                upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
+                tasks.create_task(upkeep, name="upkeep")
+                tasks.create_task(watch.keep_looking(models, stop=stop), name="metrics")
+                await server.run_until_stopped()
+                stop.set()
     finally:
         await models.close()
+        tracing.close()
 
 
-def _models(settings: GatewaySettings, counters: Counters) -> Models:
+def _models(settings: GatewaySettings, counters: Counters, watch: GatewayWatch) -> Models:
     """All that are served. Limits are of each, as everything is that a deployment counts."""
     limits = Limits(
         max_jobs=settings.max_jobs,
@@ -62,7 +72,10 @@ def _models(settings: GatewaySettings, counters: Counters) -> Models:
     for own in settings.each():
         card = describe(checkpoint_from(own))
         transport = RedisTransport.of(own, revision=card.revision, limits=limits)
-        served.append(Served.over(transport, card=card, settings=own, counters=counters, decoding=decoding))
+        on_ended = partial(watch.ended, card.name)
+        served.append(
+            Served.over(transport, card=card, settings=own, counters=counters, decoding=decoding, on_ended=on_ended)
+        )
     return Models(served)
 
 

@@ -6,7 +6,7 @@ Each has a deployment of its own, and nothing of theirs meets before it comes he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import merge
 from itertools import islice
@@ -42,9 +42,12 @@ class Served:
         settings: GatewaySettings,
         counters: Counters,
         decoding: asyncio.Semaphore | None = None,
+        on_ended: Callable[[JobView], None] | None = None,
     ) -> Self:
         """Arguments are those of Pipeline."""
-        pipeline = Pipeline(transport, card=card, settings=settings, counters=counters, decoding=decoding)
+        pipeline = Pipeline(
+            transport, card=card, settings=settings, counters=counters, decoding=decoding, on_ended=on_ended
+        )
         return cls(card, transport, pipeline)
 
     async def live(self) -> bool:
@@ -97,7 +100,13 @@ class Models:
         return self._served[name] if name else self.default
 
     async def submit(
-        self, request: types_pb2.GenerateRequest, *, tenant: str, remaining_s: float | None, detach: bool
+        self,
+        request: types_pb2.GenerateRequest,
+        *,
+        tenant: str,
+        remaining_s: float | None,
+        detach: bool,
+        traceparent: str = "",
     ) -> tuple[Pipeline, JobKey, bool]:
         """Admits a request to its model; true when the same request was there already.
 
@@ -112,7 +121,9 @@ class Models:
         if request.request_id:
             await self._check_free(JobKey(tenant, request.request_id), served)
         pipeline = served.pipeline
-        key, attached = await pipeline.submit(request, tenant=tenant, remaining_s=remaining_s, detach=detach)
+        key, attached = await pipeline.submit(
+            request, tenant=tenant, remaining_s=remaining_s, detach=detach, traceparent=traceparent
+        )
         return pipeline, key, attached
 
     async def having(self, key: JobKey) -> Pipeline:

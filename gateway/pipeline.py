@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway import admission, images
 from gateway.budget import check_budget, choices, choose
@@ -59,6 +59,7 @@ class Pipeline:
         settings: limits and times.
         counters: counts requests and images for the status.
         decoding: taken while source images are decoded; pipelines of one process share it.
+        on_ended: told of each job that ended while the call that admitted it was there.
         clock: seconds, monotonic.
     """
 
@@ -70,6 +71,7 @@ class Pipeline:
         settings: GatewaySettings,
         counters: Counters,
         decoding: asyncio.Semaphore | None = None,
+        on_ended: Callable[[JobView], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
@@ -77,6 +79,7 @@ class Pipeline:
         self._settings = settings
         self._counters = counters
         self._clock = clock
+        self._on_ended = on_ended
         self._decoding = decoding or asyncio.Semaphore(DECODERS_AT_ONCE)
         self._stopping = False
 
@@ -88,9 +91,18 @@ class Pipeline:
         self._stopping = True
 
     async def submit(
-        self, request: types_pb2.GenerateRequest, *, tenant: str, remaining_s: float | None, detach: bool
+        self,
+        request: types_pb2.GenerateRequest,
+        *,
+        tenant: str,
+        remaining_s: float | None,
+        detach: bool,
+        traceparent: str = "",
     ) -> tuple[JobKey, bool]:
         """Validates and admits; true when the same request was there already.
+
+        Args:
+            traceparent: of the span below which its work is traced; empty = none.
 
         Raises:
             InvalidRequestError, DeadlineError: it cannot be served.
@@ -108,7 +120,9 @@ class Pipeline:
         key = JobKey(tenant, filled.request_id)
         spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
         stored = await self._store_images(request, spec)
-        new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach)
+        new = replace(
+            self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach), traceparent=traceparent
+        )
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
@@ -277,7 +291,15 @@ class Pipeline:
                 async for event in self._live(wakes, story):
                     yield event
                 view = await self.job(key)
+            if not attached:
+                self._tell(key, view)
             yield story.done(view)
+
+    def _tell(self, key: JobKey, view: JobView) -> None:
+        took_s = None if view.finished_at_s is None else round(view.finished_at_s - view.admitted_at_s, 3)
+        _log.info("ended", job=key.job_id, model=self._card.name, state=view.state.value, took_s=took_s)
+        if self._on_ended is not None:
+            self._on_ended(view)
 
     async def delivered(self, key: JobKey) -> None:
         """The client has all: results may go soon. Where that cannot be written down, they stay longer."""

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 from collections.abc import Callable
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 import grpc.aio
@@ -20,6 +20,7 @@ from streamflow.rpc import convert
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.errors import rpc_errors
 from streamflow.telemetry import Counters
+from streamflow.telemetry.traces import Request, Tracing
 from streamflow.transport.base import JobPlace, JobView
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from streamflow.validation import check_request_id
@@ -42,6 +43,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     Args:
         models: what is served.
         keys: tell the tenant of a call.
+        tracing: makes a span of each call that admits a job.
         clock: seconds since 1970.
     """
 
@@ -52,9 +54,11 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         settings: GatewaySettings,
         keys: ApiKeys,
         counters: Counters,
+        tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._models = models
+        self._tracing = tracing or Tracing()
         self._settings = settings
         self._keys = keys
         self._counters = counters
@@ -63,18 +67,20 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     async def Generate(self, request: types_pb2.GenerateRequest, context: Context) -> None:
         async with rpc_errors(context):
-            pipeline, key, attached = await self._submit(request, context)
-            await _stream(pipeline, key, context, attached=attached)
+            with self._traced("Generate", context) as call:
+                pipeline, key, attached = await self._submit(request, context, call)
+                await _stream(pipeline, key, context, attached=attached)
 
     async def GenerateImages(
         self, request: types_pb2.GenerateRequest, context: Context
     ) -> gateway_pb2.GenerateImagesResponse:
         async with rpc_errors(context):
-            pipeline, key, attached = await self._submit(request, context)
-            collected = Collected(key.request_id)
-            async with pipeline.watched(key), aclosing(pipeline.follow(key, attached=attached)) as events:
-                async for event in events:
-                    collected.add(event)
+            with self._traced("GenerateImages", context) as call:
+                pipeline, key, attached = await self._submit(request, context, call)
+                collected = Collected(key.request_id)
+                async with pipeline.watched(key), aclosing(pipeline.follow(key, attached=attached)) as events:
+                    async for event in events:
+                        collected.add(event)
             response = collected.response(max_bytes=self._settings.max_message_bytes)
             # gRPC tells nobody whether a unary answer arrived. One that was refused is still to be read in parts.
             await pipeline.delivered(key)
@@ -82,7 +88,8 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     async def Submit(self, request: types_pb2.GenerateRequest, context: Context) -> gateway_pb2.Job:
         async with rpc_errors(context):
-            pipeline, key, _ = await self._submit(request, context, detach=True)
+            with self._traced("Submit", context) as call:
+                pipeline, key, _ = await self._submit(request, context, call, detach=True)
             try:
                 return job_to_pb(key.request_id, await pipeline.job(key))
             except NotFoundError as error:
@@ -152,14 +159,16 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             return answer
 
     async def _submit(
-        self, request: types_pb2.GenerateRequest, context: Context, *, detach: bool = False
+        self, request: types_pb2.GenerateRequest, context: Context, call: Request, *, detach: bool = False
     ) -> tuple[Pipeline, JobKey, bool]:
         pipeline, key, attached = await self._models.submit(
             request,
             tenant=self._tenant(context),
             remaining_s=context.time_remaining(),
             detach=detach or request.detach,
+            traceparent=call.traceparent,
         )
+        call.about({"streamflow.job": key.job_id, "streamflow.attached": attached})
         # Headers tell the client that the request is admitted: from here on it watches instead of sending again.
         await context.send_initial_metadata(((REQUEST_ID_KEY, key.request_id),))
         return pipeline, key, attached
@@ -168,6 +177,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         check_request_id(request_id)
         key = JobKey(self._tenant(context), request_id)
         return await self._models.having(key), key
+
+    def _traced(self, name: str, context: Context) -> AbstractContextManager[Request]:
+        return self._tracing.request(name, context.invocation_metadata())
 
     def _tenant(self, context: Context) -> str:
         return self._keys.tenant(context.invocation_metadata())

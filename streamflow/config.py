@@ -57,6 +57,18 @@ class Settings(NameSettings):
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of log lines")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="Port of Prometheus metrics, at /metrics; 0 takes a free one, none = no metrics",
+    )
+    traces: str = Field(
+        "", description="Where traces go: an OTLP endpoint such as http://collector:4317, or file:PATH; none = nowhere"
+    )
+    trace_ratio: float = Field(
+        1.0, ge=0, le=1, description="How many of the requests are traced that their client does not trace already"
+    )
     reflection: bool = Field(False, description="Answer gRPC server reflection")
     max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
     drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")

@@ -266,6 +266,7 @@ class WorkerInfo:
         backlog: entries that wait for its stage.
         call_ms, row_ms: what a network call takes: `call_ms`, and `row_ms` for each of its rows; 0 = not measured.
         row_counts: to which network calls are padded; empty = to none.
+        image_ms: what an image takes of its time, as measured on the last ones; 0 = not yet.
     """
 
     worker_id: str
@@ -284,3 +285,4 @@ class WorkerInfo:
     call_ms: float = 0.0
     row_ms: float = 0.0
     row_counts: tuple[int, ...] = ()
+    image_ms: float = 0.0

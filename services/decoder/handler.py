@@ -58,7 +58,9 @@ class DecodeHandler:
         # An autoencoder changes what it only passes through; what was not to be repainted stays as it came.
         kept = await stored_source(self._transport, entry, request) if request.mask_blob else None
         data = await self._stage.submit(latents, request.output, metadata=self._metadata(request), kept=kept)
-        info = self._info(request, watch.stop("decode"))
+        timings = watch.stop("decode")
+        context.image_s = handoff.image_s(timings)
+        info = self._info(request, timings)
         return Finish(types_pb2.StoredImage(info=info, data=data).SerializeToString())
 
     async def show_previews(self, *, idle: Callable[[], bool]) -> None:

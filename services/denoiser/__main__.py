@@ -13,6 +13,7 @@ def main() -> None:
 
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.denoiser.handler import DenoiseHandler
+    from services.denoiser.metrics import watch_ticks
     from services.denoiser.servicer import service
     from streamflow.families.source import checkpoint_from
     from streamflow.host.process import StageService, run_stage
@@ -38,7 +39,14 @@ def main() -> None:
         return DenoiseHandler(stage, transport)
 
     run_stage(
-        StageService(Stage.DENOISE, load=load, handler=handler, servicer=service, suspend=DenoiseHandler.suspend),
+        StageService(
+            Stage.DENOISE,
+            load=load,
+            handler=handler,
+            servicer=service,
+            suspend=DenoiseHandler.suspend,
+            watch=watch_ticks,
+        ),
         settings,
     )
 

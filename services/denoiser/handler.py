@@ -146,6 +146,7 @@ class DenoiseHandler:
 
         def on_preview(step: int, latents: np.ndarray) -> None:
             previews.put(_Preview(step, latents))
+            context.note("preview", step=step)
 
         async with passed_on((progress, self._publish(entry, progress)), (previews, self._offer(entry, previews))):
             # Direct calls may hold every slot; waiting for one is no fault of the image's.

@@ -15,10 +15,11 @@ from streamflow.client.arguments import (
 )
 from streamflow.client.request import GenerateOptions, build_request
 from streamflow.client.retry import Contact, Retry, RetryPolicy
-from streamflow.client.session import Session
+from streamflow.client.session import Metadata, Session
 from streamflow.client.views import Job
 from streamflow.errors import InvalidRequestError
 from streamflow.rpc.channels import DEFAULT_MAX_MESSAGE_BYTES, Target, key_metadata
+from streamflow.telemetry.traces import current_metadata
 from streamflow.v1 import gateway_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -61,12 +62,17 @@ class BaseClient:
         self.address, self.timeout_s = check_address(address), check_timeout_s(timeout_s)
         limit = check_max_message_bytes(max_message_bytes)
         self._target = Target(address, tls=bool(tls), root_ca=root_ca_of(tls), max_message_bytes=limit)
-        self._metadata = key_metadata(check_api_key(api_key))
+        self._key = key_metadata(check_api_key(api_key))
         self._policy = RetryPolicy(address, check_timeout_s(connect_timeout_s, "connect_timeout_s"), max_busy_retries)
         self._contact = Contact()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.address}{' with TLS' if self._target.tls else ''}>"
+
+    @property
+    def _metadata(self) -> Metadata:
+        """Of a call: the key, and the span of the application, where it traces itself."""
+        return (*self._key, *current_metadata())
 
     def _retry(self, timeout_s: float | None) -> Retry:
         limit_s = self.timeout_s if timeout_s is None else check_timeout_s(timeout_s)

@@ -16,7 +16,7 @@ from streamflow.errors import InvalidRequestError, UnavailableError
 from streamflow.rpc.convert import worker_to_pb
 from streamflow.rpc.errors import rpc_errors
 from streamflow.transport.base import Transport
-from streamflow.transport.handling import EntryContext, Outcome
+from streamflow.transport.handling import EntryContext, Outcome, WorkRecord
 from streamflow.transport.worker import DrainReport, StageWorker
 from streamflow.types import ModelCard, Stage, WorkerInfo
 from streamflow.v1 import types_pb2
@@ -77,7 +77,7 @@ class StageControl:
         stage: which of the three.
         hosted, handler: what does the work.
         device: where its networks are.
-        suspend: see StageWorker.
+        suspend, on_worked: see StageWorker.
 
     Attributes:
         address: `host:port` of its gRPC surface; set once it is bound.
@@ -93,6 +93,7 @@ class StageControl:
         settings: StageSettings,
         device: str,
         suspend: Callable[[], None] | None = None,
+        on_worked: Callable[[WorkRecord], None] | None = None,
     ) -> None:
         self.address = ""
         self._stage, self._hosted, self._handler, self._transport = stage, hosted, handler, transport
@@ -107,6 +108,7 @@ class StageControl:
             capacity=hosted.slots,
             progress_timeout_s=settings.progress_timeout_s,
             suspend=suspend,
+            on_worked=on_worked,
         )
 
     def info(self) -> WorkerInfo:
@@ -128,6 +130,11 @@ class StageControl:
             counters={**self._hosted.counters, **self._handler.counters},
         )
 
+    def now(self) -> WorkerInfo:
+        """The replica as it stands, with what its worker knows."""
+        info = self.worker.info()
+        return replace(info, counters={**info.counters, **self.worker.counters})
+
     def check_open(self) -> None:
         """Raises UnavailableError once the drain began."""
         if self.worker.draining:
@@ -135,12 +142,8 @@ class StageControl:
 
     async def status(self) -> types_pb2.StageStatus:
         """Raises UnavailableError when the backlog cannot be read."""
-        info, worker = self.info(), self.worker
         backlog = (await self._transport.backlog()).get(self._stage.value, 0)
-        counters = {**info.counters, **worker.counters}
-        return worker_to_pb(
-            replace(info, slots_in_use=worker.in_hand, draining=worker.draining, counters=counters), backlog=backlog
-        )
+        return worker_to_pb(self.now(), backlog=backlog)
 
     async def drain(self, grace_s: float = 0.0) -> DrainReport:
         """Args: grace_s: how long unfinished work may go on before it is handed back; 0 = the setting's."""

@@ -165,6 +165,11 @@ def carried(entry: Entry, timings: types_pb2.Timings) -> dict[str, bytes]:
     return {TIMINGS: timings.SerializeToString(), **returns}
 
 
+def image_s(timings: types_pb2.Timings) -> float:
+    """What an image has taken so far, from its admission on; no two machines' clocks are compared."""
+    return (timings.waiting_ms + timings.encode_ms + timings.denoise_ms + timings.decode_ms) / 1000
+
+
 def send_back(entry: Entry, timings: types_pb2.Timings) -> Advance:
     """Has the image encoded again, because a tensor that it needs is no longer stored.
 

@@ -15,11 +15,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
+from prometheus_client import CollectorRegistry
+
 from streamflow.config import StageSettings
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
 from streamflow.host.control import HostedStage, StageControl, StageHandler
+from streamflow.host.watching import StageWatch
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import configure_logging, get_logger
+from streamflow.telemetry.metrics import registry, serving
+from streamflow.telemetry.traces import open_tracing
 from streamflow.transport.base import Transport
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.transport.worker import StageWorker
@@ -45,6 +50,7 @@ class StageService(Generic[S, H]):
         handler: what works on stream entries.
         servicer: the gRPC surface.
         background: runs beside the worker until the process stops.
+        watch: adds metrics of its own, before the stage is entered.
         suspend: see StageWorker; None = what is unfinished when the grace period ends begins anew elsewhere.
     """
 
@@ -54,6 +60,7 @@ class StageService(Generic[S, H]):
     servicer: Callable[[S, StageControl], Service]
     background: Callable[[H, StageWorker], Coroutine[None, None, None]] | None = None
     suspend: Callable[[H], None] | None = None
+    watch: Callable[[S, CollectorRegistry], None] | None = None
 
 
 def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
@@ -90,6 +97,11 @@ async def serve(
     """Serves a loaded stage until SIGTERM, SIGINT or cancellation; closes the transport."""
     async with AsyncExitStack() as resources:
         resources.push_async_callback(transport.close)
+        metrics, tracing = registry(), open_tracing(settings.traces, service=service.stage.service)
+        resources.callback(tracing.close)
+        watch = StageWatch(service.stage, metrics, tracing, model=stage.card.name)
+        if service.watch is not None:
+            service.watch(stage, metrics)
         await resources.enter_async_context(stage)
         handler = service.handler(stage, transport, settings)
         control = StageControl(
@@ -100,7 +112,10 @@ async def serve(
             settings=settings,
             device=device,
             suspend=None if service.suspend is None else partial(service.suspend, handler),
+            on_worked=watch,
         )
+        watch.show(control.now)
+        resources.enter_context(serving(metrics, host=settings.host, port=settings.metrics_port))
         server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
         await resources.enter_async_context(server)
         control.address = server.address

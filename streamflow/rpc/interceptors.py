@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -51,6 +52,66 @@ class RequestParser(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(_parsing_stream(handler), None, handler.response_serializer)
         return grpc.unary_unary_rpc_method_handler(_parsing_unary(handler), None, handler.response_serializer)
+
+
+class CallTimer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Tells of every call when it is over: its method, the name of its status, and seconds.
+
+    A stream lasts as long as its client listens.
+    """
+
+    def __init__(self, told: Callable[[str, str, float], None]) -> None:
+        self._told = told
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(HEALTH_PREFIX):
+            return handler
+        began_s = time.perf_counter()
+
+        def over(context: Context) -> None:
+            self._told(method.rpartition("/")[2], _code(context), time.perf_counter() - began_s)
+
+        return _watched(handler, over)
+
+
+def _watched(handler: Handler, over: Callable[[Context], None]) -> Handler:
+    """The same method, of whichever kind, with `over` called when it has ended."""
+    kinds = {
+        (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
+        (False, True): (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
+        (True, False): (handler.stream_unary, grpc.stream_unary_rpc_method_handler),
+        (True, True): (handler.stream_stream, grpc.stream_stream_rpc_method_handler),
+    }
+    behaviour, make = kinds[handler.request_streaming, handler.response_streaming]
+
+    async def call(request: Any, context: Context) -> Any:
+        try:
+            return await behaviour(request, context)
+        finally:
+            over(context)
+
+    async def iterate(request: Any, context: Context) -> AsyncIterator[Any]:
+        try:
+            async with aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        finally:
+            over(context)
+
+    chosen = iterate if inspect.isasyncgenfunction(behaviour) else call
+    return make(chosen, handler.request_deserializer, handler.response_serializer)
+
+
+def _code(context: Context) -> str:
+    if context.cancelled():
+        return grpc.StatusCode.CANCELLED.name
+    code = context.code()
+    # 0 where nothing was set: all went well.
+    return code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode.OK.name
 
 
 def _refusal(error: UnauthenticatedError) -> Handler:

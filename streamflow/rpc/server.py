@@ -26,7 +26,7 @@ from streamflow.errors import UnavailableError
 from streamflow.ports import free_port, join, local_addresses
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.health import Health
-from streamflow.rpc.interceptors import Authenticator, RequestParser
+from streamflow.rpc.interceptors import Authenticator, CallTimer, RequestParser
 from streamflow.telemetry import get_logger
 
 LIVENESS = ("", "liveness")
@@ -57,6 +57,7 @@ class RpcServer:
         services: what it serves.
         keys: API keys that calls must carry.
         credentials: for TLS; see `server_credentials`.
+        on_call: told of every call's method, status and seconds when it is over.
         on_drain: see OnDrain; runs while calls under way go on and new ones are refused.
     """
 
@@ -68,6 +69,7 @@ class RpcServer:
         keys: ApiKeys | None = None,
         credentials: grpc.ServerCredentials | None = None,
         on_drain: OnDrain | None = None,
+        on_call: Callable[[str, str, float], None] | None = None,
     ) -> None:
         self._settings = settings
         self._names = [service.name for service in services]
@@ -76,7 +78,9 @@ class RpcServer:
         self._health = Health()
         self._stop = asyncio.Event()
         self._draining = False
-        interceptors: list[Any] = [Authenticator(keys), RequestParser()] if keys else [RequestParser()]
+        # The first one is the outermost.
+        interceptors: list[Any] = [CallTimer(on_call)] if on_call else []
+        interceptors += [Authenticator(keys), RequestParser()] if keys else [RequestParser()]
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings.max_message_bytes))
         for service in services:
             service.add(service.servicer, self._server)

@@ -33,6 +33,7 @@ from streamflow.stages.arrays import control_inputs, mask_tensor, tensor
 from streamflow.stages.mixes import Mixes, fits
 from streamflow.stages.runner import EngineRunner, TickRecord
 from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, choose_step, measured_cost, pad, pad_to_one
+from streamflow.stages.timing import TimedStep
 from streamflow.telemetry import get_logger
 from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors, Variant
 from streamflow.validation import check_control_image, check_variant
@@ -60,6 +61,9 @@ class DenoiserStage:
         step: how a group of slots makes a step.
         cost: of a call of the base network, where it was measured.
         variants: of the networks, for jobs that ask for adapters or a ControlNet; None = there are none.
+
+    Attributes:
+        on_tick: told of every tick; set before the stage is entered.
     """
 
     def __init__(
@@ -74,7 +78,9 @@ class DenoiserStage:
     ) -> None:
         self.cost = cost
         self._denoiser, self._step = denoiser, step
-        self._engine = Engine(denoiser.networks, variant_of=variants, capacity=slots, device=device, step=step)
+        self._timed = TimedStep(step)
+        self._engine = Engine(denoiser.networks, variant_of=variants, capacity=slots, device=device, step=self._timed)
+        self.on_tick: Callable[[TickRecord], None] | None = None
         self._handles: Iterator[int] = itertools.count()
         self._runner: EngineRunner | None = None
         self._changeable_jobs: dict[Hashable, tuple[Hashable, DenoiseJob]] = {}
@@ -232,7 +238,9 @@ class DenoiserStage:
         return [finished[position] for position in range(len(jobs))]
 
     async def __aenter__(self) -> Self:
-        self._runner = await self._stack.enter_async_context(EngineRunner(self._engine))
+        runner = EngineRunner(self._engine, steps_s=lambda: self._timed.seconds)
+        runner.on_tick = self.on_tick
+        self._runner = await self._stack.enter_async_context(runner)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -43,12 +43,20 @@ class SuspendedError(UnavailableError):
 
 @dataclass(frozen=True, slots=True)
 class TickRecord:
-    """One tick for those who look at the engine: what each slot's network call was fed, rows, and its time."""
+    """One tick for those who look at the engine.
+
+    Attributes:
+        timesteps: what each slot's network call was fed.
+        seconds: of the tick; `network_s` of them in steps: network, guidance and update of the latents.
+        waited_s: before it, while nothing was under way.
+    """
 
     timesteps: tuple[float, ...]
     rows: int
     padded_rows: int
     seconds: float
+    network_s: float = 0.0
+    waited_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -68,13 +76,18 @@ class EngineRunner:
     One thread owns the engine: commands reach it through an inbox, reports come back through the event loop, so no
     state is shared. The thread blocks on its inbox only when nothing is under way. Use as an async context manager.
 
+    Args:
+        steps_s: seconds that the engine's steps took so far.
+
     Attributes:
+        on_tick: told of every tick, on the event loop.
         ticks: the last records, newest last.
         counters: monotonic counts: ticks, mixed ticks (several timesteps at once), network evaluations over all images,
             rows, padded rows, images, failures.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, steps_s: Callable[[], float] = lambda: 0.0) -> None:
+        self.on_tick: Callable[[TickRecord], None] | None = None
         self.ticks: deque[TickRecord] = deque(maxlen=KEPT_TICKS)
         self.counters = dict.fromkeys(
             (
@@ -88,7 +101,7 @@ class EngineRunner:
             ),
             0,
         )
-        self._engine = engine
+        self._engine, self._steps_s = engine, steps_s
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._watchers: dict[Hashable, _Watcher] = {}
         self._changes: set[asyncio.Future[None]] = set()
@@ -210,11 +223,14 @@ class EngineRunner:
 
     def _work(self) -> None:
         try:
+            ended_s = time.perf_counter()
             while self._obey():
                 self._tick_began_s = began_s = time.perf_counter()
+                waited_s, steps_s = began_s - ended_s, self._steps_s()
                 report = self._engine.tick()
-                self._tick_began_s = None
-                self._tell(self._deliver, report, time.perf_counter() - began_s)
+                self._tick_began_s, ended_s = None, time.perf_counter()
+                record = _record(report, ended_s - began_s, self._steps_s() - steps_s, waited_s)
+                self._tell(self._deliver, report, record)
             self._engine.clear()
         except BaseException as error:
             self._tell(self._break, error)
@@ -254,8 +270,8 @@ class EngineRunner:
 
     # -- the event loop ----------------------------------------------------------------------------------------------
 
-    def _deliver(self, report: TickReport, seconds: float) -> None:
-        self._count(report, seconds)
+    def _deliver(self, report: TickReport, record: TickRecord) -> None:
+        self._count(report, record)
         for progress in report.progress:
             watcher = self._watchers.get(progress.handle)
             if watcher is not None and watcher.on_progress is not None:
@@ -274,8 +290,10 @@ class EngineRunner:
         for handle, error in report.failed.items():
             self._fail(handle, error)
 
-    def _count(self, report: TickReport, seconds: float) -> None:
-        self.ticks.append(TickRecord(tuple(report.timesteps), report.rows, report.padded_rows, seconds))
+    def _count(self, report: TickReport, record: TickRecord) -> None:
+        self.ticks.append(record)
+        if self.on_tick is not None:
+            self.on_tick(record)
         self.counters["ticks_total"] += 1
         self.counters["mixed_ticks_total"] += len(set(report.timesteps)) > 1
         self.counters["evaluations_total"] += len(report.timesteps)
@@ -306,3 +324,7 @@ class EngineRunner:
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
     if not future.done():
         future.set_result(None) if error is None else future.set_exception(error)
+
+
+def _record(report: TickReport, seconds: float, network_s: float, waited_s: float) -> TickRecord:
+    return TickRecord(tuple(report.timesteps), report.rows, report.padded_rows, seconds, network_s, waited_s)

@@ -186,6 +186,34 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class Queue:
+    """Images of one priority that are in one place: waiting, encode, denoise or decode.
+
+    `oldest_s` is how long the oldest of them has been there; of those that wait, since their admission.
+    """
+
+    place: str
+    priority: int
+    images: int
+    oldest_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """A deployment as a whole, over all its gateways and workers.
+
+    Attributes:
+        totals: what happened since there is a store, each once: `admitted` and `admitted_images`; `refused:<why>`;
+            `ended:<state>` of jobs and `images:<state>` of images; `redelivered:<stage>` and `given_up:<stage>`.
+        dead_letters: how many are kept.
+    """
+
+    queues: tuple[Queue, ...]
+    totals: Mapping[str, int]
+    dead_letters: int
+
+
+@dataclass(frozen=True, slots=True)
 class PreviewTask:
     """Latents of an unfinished image, for a decoder that has nothing better to do."""
 
@@ -364,6 +392,8 @@ class Transport(Protocol):
     async def backlog(self) -> dict[str, int]:
         """Images by place: waiting, and undelivered plus pending entries of each stage."""
         ...
+
+    async def overview(self) -> Overview: ...
 
     async def ping(self) -> None:
         """Raises UnavailableError when the store cannot take writes."""

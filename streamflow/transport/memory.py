@@ -25,6 +25,7 @@ from streamflow.transport.base import (
     JobView,
     Limits,
     NewJob,
+    Overview,
     Payload,
     PreviewTask,
     QueuePosition,
@@ -96,6 +97,7 @@ class MemoryTransport:
             estimate_s=estimate_s,
         )
         self._state.jobs[job.id] = admitted
+        self._state.totals.update({"admitted": 1, "admitted_images": job.num_images})
         insort(self._state.listed[job.tenant], admitted.place)
         self._state.clocks[job.tenant], self._state.paced[job.tenant] = clock_s, paced_s
         self._state.waiting.update({ImageRef(job.id, index): rank for index, rank in enumerate(ranks)})
@@ -298,6 +300,9 @@ class MemoryTransport:
         lengths = {stage.value: len(entries) for stage, entries in self._state.streams.items()}
         return {WAITING: len(self._state.waiting), **lengths}
 
+    async def overview(self) -> Overview:
+        return Overview(self._state.queues(), dict(self._state.totals), len(self._state.dead))
+
     async def ping(self) -> None:
         return
 
@@ -342,7 +347,7 @@ class MemoryTransport:
         if per_minute:
             paced_s += 60 * job.num_images / per_minute
             if paced_s > now_s + 60:
-                raise busy("rate", retry_after_s=_retry_s(paced_s - now_s - 60))
+                raise self._refused("rate", paced_s - now_s - 60)
         return paced_s
 
     def _ranks(self, job: NewJob, now_s: float) -> tuple[list[float], float]:
@@ -362,13 +367,18 @@ class MemoryTransport:
         if expected_s is not None and fresh and expected_s > allowed_s:
             alone_s = self._state.alone_s(job.work, job.num_images)
             if alone_s > allowed_s:
+                self._state.totals["refused:late"] += 1
                 raise too_late(alone_s, left_s=job.timeout_s)
-            raise busy("work", retry_after_s=_retry_s(expected_s - allowed_s))
+            raise self._refused("work", expected_s - allowed_s)
         return expected_s
 
     def _busy(self, why: str) -> BusyError:
         queue_s = self._state.estimate_s(self._state.work_before(len(self._state.waiting)), 0.0, 1) or 0.0
-        return busy(why, retry_after_s=_retry_s(queue_s))
+        return self._refused(why, queue_s)
+
+    def _refused(self, why: str, retry_after_s: float) -> BusyError:
+        self._state.totals[f"refused:{why}"] += 1
+        return busy(why, retry_after_s=min(60.0, max(1.0, retry_after_s)))
 
     def _keep(self, name: str, data: bytes, keep_s: float) -> None:
         _, until_s = self._kept.get(name, (b"", 0.0))
@@ -394,7 +404,3 @@ class MemoryTransport:
         for name in gone:
             del self._kept[name]
         return len(expired) + len(buried) + len(gone)
-
-
-def _retry_s(seconds: float) -> float:
-    return min(60.0, max(1.0, seconds))

@@ -6,11 +6,11 @@ The same moves as `scripts/*.lua`, in the same words; here one event loop makes 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, NewJob, Payload
+from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, NewJob, Payload, Queue
 from streamflow.transport.estimates import Measured, Sums, class_of
 from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
@@ -99,11 +99,23 @@ class State:
         self.workers: dict[str, tuple[WorkerInfo, float]] = {}
         self.dead: list[DeadLetter] = []
         self.measured = Measured(policy.memory)
+        self.totals: Counter[str] = Counter()
         self.clocks: defaultdict[str, float] = defaultdict(float)
         self.paced: defaultdict[str, float] = defaultdict(float)
         # Which worker empties its hands for a last attempt, and until when it is believed.
         self._cleared: dict[Stage, tuple[str, float]] = {}
         self._entry_ids = itertools.count(1)
+
+    def queues(self) -> tuple[Queue, ...]:
+        """Where images are, by priority; see overview.lua."""
+        now_s, since = self.clock(), defaultdict[tuple[str, int], list[float]](list)
+        for ref in self.waiting:
+            job = self.jobs[ref.job_id]
+            since[WAITING, job.new.priority].append(job.admitted_at_s)
+        for stage, entries in self.streams.items():
+            for entry in entries.values():
+                since[stage.value, self.jobs[entry.ref.job_id].new.priority].append(entry.enqueued_at_s)
+        return tuple(Queue(*key, len(times), max(0.0, now_s - min(times))) for key, times in since.items())
 
     def queue(self) -> list[ImageRef]:
         """Waiting images in the order in which they will be released."""
@@ -189,6 +201,7 @@ class State:
             del self.streams[Stage(stage)][entry_id]
         self.waiting.pop(ref, None)
         places[ref.index] = state
+        self.totals[f"images:{state}"] += 1
 
     def end_job(self, job: Job, state: JobState, rest: str, failure: Failure | None) -> None:
         if any(":" in place for place in job.places):
@@ -196,6 +209,7 @@ class State:
         for index in job.live():
             self.end_image(ImageRef(job.new.id, index), rest)
         job.state, job.failure, job.finished_at_s = state, failure, self.clock()
+        self.totals[f"ended:{state}"] += 1
         job.results_until_s = job.finished_at_s + self.policy.result_s
         self.wake(job.new.id)
         self.release()
@@ -231,6 +245,7 @@ class State:
             str(number), entry.ref, stage.service, entry.deliveries, message, self.clock(), new.tenant, new.spec
         )
         self.dead = [*self.dead, letter][-self.policy.max_dead :]
+        self.totals[f"given_up:{stage}"] += 1
         self.finish_image(entry.ref, Failure("INTERNAL", message, stage.service))
 
     def take(self, stage: Stage, worker_id: str, count: int) -> list[Entry]:
@@ -250,6 +265,7 @@ class State:
                 waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
             elif len(taken) < count and not alone and (failures or not suspects):
                 taken.append(self._deliver(entry, stage, worker_id))
+                self.totals[f"redelivered:{stage}"] += 1
                 suspects, alone = suspects or failures > 0, last
                 if last:
                     self._cleared.pop(stage, None)

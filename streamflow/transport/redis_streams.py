@@ -25,6 +25,7 @@ from streamflow.transport.base import (
     JobView,
     Limits,
     NewJob,
+    Overview,
     Payload,
     PreviewTask,
     QueuePosition,
@@ -38,6 +39,7 @@ from streamflow.transport.replies import (
     dead_letter_from,
     entry_from,
     job_from,
+    overview_from,
     payload_args,
     places_from,
     preview_from,
@@ -52,6 +54,7 @@ _SUSPECTS_S = 0.1  # how often a worker that holds suspects looks for more of th
 _MAX_BLOCK_S = 2.0  # well below the socket's time-out, which would break off a longer wait
 _REAP_AT_ONCE = 100
 _PAGE = 100
+_MOST_LOOKED_AT = 10_000
 
 
 class RedisTransport:
@@ -342,6 +345,9 @@ class RedisTransport:
         waiting = await self._calls.command("ZCARD", self._keys.waiting)
         lengths = {stage.value: await self._calls.command("XLEN", self._keys.stream(stage)) for stage in Stage}
         return {"waiting": waiting, **lengths}
+
+    async def overview(self) -> Overview:
+        return overview_from(await self._calls.script("overview", _MOST_LOOKED_AT))
 
     async def ping(self) -> None:
         # Changes nothing, but is refused wherever writes are.

@@ -7,7 +7,17 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, Payload, PreviewTask
+from streamflow.transport.base import (
+    DeadLetter,
+    Entry,
+    ImageRef,
+    JobPlace,
+    JobView,
+    Overview,
+    Payload,
+    PreviewTask,
+    Queue,
+)
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -54,6 +64,17 @@ def entry_from(stage: Stage, delivery: Delivery, *, now_s: float) -> Entry:
 def preview_from(raw: Sequence[bytes]) -> PreviewTask:
     fields = _pairs(raw)
     return PreviewTask(_ref(fields), int(fields[b"step"]), _payload(fields))
+
+
+def overview_from(reply: tuple[Sequence[Sequence[bytes]], Sequence[bytes], int]) -> Overview:
+    queues, totals, dead_letters = reply
+    return Overview(
+        tuple(
+            Queue(place.decode(), int(priority), int(images), float(age_s)) for place, priority, images, age_s in queues
+        ),
+        {name.decode(): int(total) for name, total in _pairs(totals).items()},
+        dead_letters,
+    )
 
 
 def places_from(reply: Sequence[bytes]) -> list[JobPlace]:

@@ -13,7 +13,16 @@ from math import inf
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
 from streamflow.transport.backoff import Backoff
 from streamflow.transport.base import Entry, Transport
-from streamflow.transport.handling import Advance, EntryContext, Finish, Handler, Outcome, OutOfTimeError
+from streamflow.transport.handling import (
+    Advance,
+    EntryContext,
+    Finish,
+    Handler,
+    Outcome,
+    OutOfTimeError,
+    WorkRecord,
+)
+from streamflow.transport.pace import Pace
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 log = logging.getLogger(__name__)
@@ -22,6 +31,8 @@ _BLOCK_S = 1.0
 # Less than what the gRPC server and the supervisors leave after the grace period.
 _SUSPEND_S = 1.5
 _TRANSIENT = (UnavailableError, BusyError)
+# Outcomes of work that was done; the others are of attempts.
+_MADE = frozenset({"advanced", "finished", "failed"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +74,7 @@ class StageWorker:
         capacity: entries to hold at once.
         progress_timeout_s: a handler that reports no progress for so long is stopped, and its attempt counted.
         register_every_s: the registry's lease is three times this.
+        on_worked: told of each entry when it leaves this worker, by whatever way.
         suspend: called a step before a drain's grace period ends: the handlers shall return after their step, with
             outcomes from which others can go on. What they leave undone is handed back as it was.
     """
@@ -78,6 +90,7 @@ class StageWorker:
         progress_timeout_s: float = 60.0,
         register_every_s: float = 5.0,
         suspend: Callable[[], None] | None = None,
+        on_worked: Callable[[WorkRecord], None] | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity: got {capacity}; allowed: 1 or more")
@@ -89,7 +102,8 @@ class StageWorker:
         self._capacity = capacity
         self._progress_timeout_s = progress_timeout_s
         self._register_every_s = register_every_s
-        self._suspend = suspend
+        self._suspend, self._on_worked = suspend, on_worked
+        self._pace = Pace()
         self._in_hand: dict[str, tuple[EntryContext, asyncio.Task[None]]] = {}
         self._changed = asyncio.Event()
         self._draining = asyncio.Event()
@@ -110,6 +124,11 @@ class StageWorker:
     @property
     def draining(self) -> bool:
         return self._draining.is_set()
+
+    def info(self) -> WorkerInfo:
+        """The worker as the registry shows it."""
+        image_ms = 1000 * self._pace.image_s
+        return replace(self._info(), slots_in_use=self.in_hand, draining=self.draining, image_ms=image_ms)
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
@@ -183,23 +202,46 @@ class StageWorker:
         context = EntryContext(entry, progress_timeout_s=self._progress_timeout_s)
         task = tasks.create_task(self._work(context), name=f"{self._stage} {entry.ref} attempt {entry.attempt}")
         self._in_hand[entry.id] = context, task
+        self._pace.took()
         task.add_done_callback(lambda ended: self._put_down(entry.id, ended))
 
     def _put_down(self, entry_id: str, ended: asyncio.Task[None]) -> None:
         # What was handed back may have been taken again before its first task was seen to end.
         if self._in_hand.get(entry_id, (None, None))[1] is ended:
             del self._in_hand[entry_id]
+            if not self._in_hand:
+                self._pace.emptied()
         self._changed.set()
 
     # -- one entry ---------------------------------------------------------------------------------------------------
 
     async def _work(self, context: EntryContext) -> None:
-        outcome = await self._outcome(context)
+        told = "dropped"
         try:
-            await self._settle(context.entry, outcome)
+            told = await self._attempt(context)
+        finally:
+            self._tell(context.record(told))
+
+    async def _attempt(self, context: EntryContext) -> str:
+        """What became of it, in the words of WorkRecord."""
+        outcome: Outcome | _HandBack | _End = await self._outcome(context)
+        try:
+            in_time = await self._settle(context.entry, outcome)
         except Exception:
             log.exception("%s: the outcome of %s cannot be stored", self._stage.service, context.entry.ref)
-            await self._settle(context.entry, _HandBack(count_attempt=True))
+            outcome = _HandBack(count_attempt=True)
+            in_time = await self._settle(context.entry, outcome)
+        return _told(outcome) if in_time else "late"
+
+    def _tell(self, record: WorkRecord) -> None:
+        if record.outcome in _MADE:
+            self._pace.ended()
+        if self._on_worked is not None:
+            try:
+                self._on_worked(record)
+            except Exception:
+                # Whoever only watches must not stop the work.
+                log.exception("%s: what became of %s cannot be told", self._stage.service, record.entry.ref)
 
     async def _outcome(self, context: EntryContext) -> Outcome | _HandBack | _End:
         entry, service = context.entry, self._stage.service
@@ -223,38 +265,41 @@ class StageWorker:
             log.exception("%s: attempt %d on %s failed", service, entry.attempt, entry.ref)
             return _HandBack(count_attempt=True)
 
-    async def _settle(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> None:
-        """Stores an outcome, however long Redis is away: the work is done, and the lease is kept meanwhile."""
+    async def _settle(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> bool:
+        """Stores an outcome, however long Redis is away: the work is done, and the lease is kept meanwhile.
+
+        Returns False when it came too late.
+        """
         backoff = Backoff()
         if isinstance(outcome, _HandBack):
             # Else this worker would take it again at once, and what fails for a moment fails every attempt.
             self._work_backoff.failed()
         while True:
             try:
-                await self._store(entry, outcome)
-                return
+                return await self._store(entry, outcome)
             except _TRANSIENT as error:
                 log.warning("%s: the outcome of %s waits: %s", self._stage.service, entry.ref, error)
                 backoff.failed()
                 await asyncio.sleep(backoff.next_s())
 
-    async def _store(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> None:
+    async def _store(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> bool:
         in_time = True
         match outcome:
             case Advance(to, payload, warnings):
                 in_time = await self._transport.advance(entry, to, payload, warnings=warnings)
                 if to is self._stage:
                     self.counters["handed_back_total"] += in_time
-                    return
+                    return in_time
             case Finish(result):
                 in_time = await self._transport.finish(entry, result)
             case _End(state, failure):
                 in_time = await self._transport.cancel(entry.ref.job_id, state=state, failure=failure)
             case _HandBack(count_attempt):
                 await self._hand_back([entry], count_attempt=count_attempt)
-                return
+                return True
         self._work_backoff.succeeded()
         self.counters["ended_total" if in_time else "late_total"] += 1
+        return in_time
 
     async def _hand_back(self, entries: Sequence[Entry] | None, *, count_attempt: bool = False) -> None:
         count = await self._transport.hand_back(self._stage, self._worker_id, entries, count_attempt=count_attempt)
@@ -301,9 +346,8 @@ class StageWorker:
 
     async def _keep_registered(self) -> None:
         while True:
-            info = replace(self._info(), slots_in_use=self.in_hand, draining=self.draining)
             try:
-                await self._transport.register(info, lease_s=3 * self._register_every_s)
+                await self._transport.register(self.info(), lease_s=3 * self._register_every_s)
             except _TRANSIENT as error:
                 log.warning("%s: not registered: %s", self._stage.service, error)
             await asyncio.sleep(self._register_every_s)
@@ -340,3 +384,17 @@ class StageWorker:
             await self._transport.unregister(self._worker_id)
         except _TRANSIENT as error:
             log.warning("%s: others take over when the leases lapse: %s", self._stage.service, error)
+
+
+def _told(outcome: Outcome | _HandBack | _End) -> str:
+    match outcome:
+        case Advance():
+            return "advanced"
+        case Finish(Failure()):
+            return "failed"
+        case Finish():
+            return "finished"
+        case _End(state):
+            return state.value
+        case _HandBack():
+            return "handed_back"

@@ -25,11 +25,12 @@ end
 -- First the write that is refused when memory is full.
 local deadline = NOW + timeout_s
 redis.call('HSET', key, 'digest', digest, 'spec', spec, 'images', images, 'left', images, 'tenant', tenant,
-  'trace', trace, 'nonce', nonce, 'share', share, 'work', work, 'state', 'queued', 'revision', C.revision,
-  'admitted', seconds(NOW), 'deadline', seconds(deadline))
+  'trace', trace, 'nonce', nonce, 'share', share, 'work', work, 'priority', priority, 'state', 'queued',
+  'revision', C.revision, 'admitted', seconds(NOW), 'deadline', seconds(deadline))
 
 local function refuse(kind, why, retry_after_s)
   redis.call('DEL', key)
+  tally('refused:' .. (kind == 'busy' and why or kind))
   return {kind, seconds(math.min(60, math.max(1, retry_after_s))), why}
 end
 
@@ -83,6 +84,8 @@ if fresh and expected_s > allowed_s then
 end
 if expected_s then redis.call('HSET', key, 'estimate', seconds(expected_s)) end
 
+tally('admitted')
+tally('admitted_images', images)
 redis.call('HINCRBY', META, 'reserved', share * images)
 redis.call('ZADD', jobs_key(tenant), seconds(NOW), id)
 redis.call('ZADD', OPEN, deadline, id)

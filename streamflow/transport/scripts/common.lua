@@ -16,6 +16,11 @@ local function go_on_when_full()
   redis.call('HDEL', META, '_')
 end
 
+-- Counts what happens, for the deployment's metrics: with the move itself, so once, whoever does it and however often.
+local function tally(what, by)
+  redis.call('HINCRBY', META, 'total:' .. what, by or 1)
+end
+
 local function seconds(value)
   return string.format('%.6f', value)
 end
@@ -220,6 +225,7 @@ local function end_image(id, index, state, stored_bytes)
   redis.call('SREM', UNDER_WAY, ref)
   redis.call('HSET', key, 'i' .. index, state)
   redis.call('HINCRBY', META, 'reserved', (stored_bytes or 0) - job[3])
+  tally('images:' .. state)
   return redis.call('HINCRBY', key, 'left', -1)
 end
 
@@ -251,6 +257,7 @@ local function end_job(id, state, rest, failure)
   end
   if in_work then redis.call('PUBLISH', C.prefix .. 'ended_jobs', id) end
   redis.call('HSET', key, 'state', state, 'finished', seconds(NOW))
+  tally('ended:' .. state)
   if failure then
     redis.call('HSET', key, 'code', failure[1], 'message', failure[2], 'stage', failure[3])
   end

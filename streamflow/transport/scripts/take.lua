@@ -56,6 +56,7 @@ local function give_up(id, fields, deliveries)
   local job = redis.call('HMGET', job_key(fields.job), 'tenant', 'spec')
   redis.call('XADD', DEAD, 'MAXLEN', C.max_dead, '*', 'job', fields.job, 'index', fields.index, 'stage', service,
     'attempts', deliveries, 'reason', message, 'tenant', job[1], 'spec', job[2])
+  tally('given_up:' .. stage)
   end_image(fields.job, fields.index, 'error')
   end_job(fields.job, 'error', 'cancelled', {'INTERNAL', message, service})
 end
@@ -94,6 +95,7 @@ for _, candidate in ipairs(candidates) do
   elseif raw and #taken < count and not alone and (suspect or not suspects) then
     redis.call('XCLAIM', stream, GROUP, worker, 0, id, 'RETRYCOUNT', failures + 1, 'JUSTID')
     taken[#taken + 1] = {id, failures + 1, raw}
+    tally('redelivered:' .. stage)
     suspects, alone = suspects or suspect, last
     if last then redis.call('HDEL', META, cleared) end
   end

@@ -1,4 +1,4 @@
-"""Structured log lines and counters.
+"""Structured log lines.
 
 One event a line, as a JSON object or as text. Prompts and keys are never logged: `fingerprint` stands for a prompt.
 """
@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import sys
-import threading
-from collections import Counter
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -63,22 +61,6 @@ def configure_logging(*, level: str, log_format: str, service: str, stream: Text
 def fingerprint(text: str) -> str:
     """A short hash that stands for a prompt in a log line."""
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:12]
-
-
-class Counters:
-    """Counts that only grow, by name; any thread may add."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def add(self, name: str, count: int = 1) -> None:
-        with self._lock:
-            self._counts[name] += count
-
-    def snapshot(self) -> dict[str, int]:
-        with self._lock:
-            return dict(self._counts)
 
 
 class _JsonFormatter(logging.Formatter):

@@ -1,0 +1,143 @@
+"""Metrics of a gateway: its own calls, and the deployment of each model as the store shows it.
+
+Every gateway tells the same of a deployment, so several of them are not added up: take the `max`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Histogram
+
+from gateway.backlog import backlog_s, image_costs_s
+from gateway.models import Models, Served
+from gateway.upkeep import set_within
+from streamflow.errors import BusyError, UnavailableError
+from streamflow.telemetry import get_logger
+from streamflow.telemetry.metrics import PREFIX, SECONDS, Family, Snapshot, counter, counters, gauge
+from streamflow.transport.base import JobView, Overview
+from streamflow.types import Stage, WorkerInfo
+
+LOOK_EVERY_S = 5.0
+
+_log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """A model's deployment when it was last looked at."""
+
+    overview: Overview
+    workers: list[WorkerInfo]
+    costs_s: dict[Stage, float] = field(default_factory=dict)
+
+
+class GatewayWatch:
+    """Keeps looking at the deployments, and counts what the gateway is asked.
+
+    Args:
+        counts: of this gateway alone, by name.
+    """
+
+    def __init__(self, metrics: CollectorRegistry, *, counts: Callable[[], dict[str, int]]) -> None:
+        self._counts = counts
+        self._seen: dict[str, _Seen] = {}
+        about = "Calls of the gateway by how they ended, as their clients saw it"
+        self._calls = Histogram(f"{PREFIX}rpc_seconds", about, ("method", "code"), registry=metrics, buckets=SECONDS)
+        about = "From the admission of a job to its end, for jobs whose client was there"
+        self._jobs = Histogram(f"{PREFIX}job_seconds", about, ("model", "state"), registry=metrics, buckets=SECONDS)
+        metrics.register(Snapshot(self._families))
+
+    def called(self, method: str, code: str, seconds: float) -> None:
+        self._calls.labels(method, code).observe(seconds)
+
+    def ended(self, model: str, view: JobView) -> None:
+        if view.finished_at_s is not None:
+            self._jobs.labels(model, view.state.value).observe(max(0.0, view.finished_at_s - view.admitted_at_s))
+
+    async def keep_looking(self, models: Models, *, stop: asyncio.Event, every_s: float = LOOK_EVERY_S) -> None:
+        """Until told to stop. What cannot be reached stays as it was last seen."""
+        while not stop.is_set():
+            for each in models:
+                try:
+                    await self._look(each)
+                except (UnavailableError, BusyError) as error:
+                    _log.debug("deployment not seen", model=each.card.name, reason=str(error))
+                except Exception as error:
+                    # Whoever only watches must not end the gateway.
+                    _log.error("deployment cannot be read", model=each.card.name, error=error)
+            await set_within(stop, every_s)
+
+    async def _look(self, served: Served) -> None:
+        overview, workers = await served.transport.overview(), await served.transport.workers()
+        name = served.card.name
+        known = self._seen[name].costs_s if name in self._seen else {}
+        self._seen[name] = _Seen(overview, workers, image_costs_s(workers, known=known))
+
+    def _families(self) -> Iterator[Family]:
+        yield from counters("gateway", self._counts(), {})
+        # A family is told once, with all models in it.
+        seen = dict(self._seen)
+        yield from _queues(seen)
+        yield from _totals({model: each.overview.totals for model, each in seen.items()})
+        yield from _replicas(seen)
+
+
+def _queues(seen: Mapping[str, _Seen]) -> Iterator[Family]:
+    places = [
+        ((model, queue.place, str(queue.priority)), queue)
+        for model, each in seen.items()
+        for queue in each.overview.queues
+    ]
+    names = ("model", "stage", "priority")
+    about = "Images by where they are (waiting, or the stage) and priority"
+    yield gauge("queue_images", about, names, [(of, queue.images) for of, queue in places])
+    about = "How long the oldest of them has been there"
+    yield gauge("queue_oldest_seconds", about, names, [(of, queue.oldest_s) for of, queue in places])
+    about = "What one replica of the stage would need for all that is admitted and has not passed it"
+    work = [
+        ((model, stage.value), value)
+        for model, each in seen.items()
+        for stage, value in backlog_s(each.overview, each.costs_s).items()
+    ]
+    yield gauge("backlog_seconds", about, ("model", "stage"), work)
+    about = "Images that were given up and are kept for a look"
+    kept = [((model,), each.overview.dead_letters) for model, each in seen.items()]
+    yield gauge("dead_letters", about, ("model",), kept)
+
+
+def _totals(seen: Mapping[str, Mapping[str, int]]) -> Iterator[Family]:
+    """Of whole deployments since their store began: each counted with the move itself, so exactly once."""
+
+    def of(name: str) -> list[tuple[tuple[str], int]]:
+        return [((model,), totals.get(name, 0)) for model, totals in seen.items()]
+
+    def by(kind: str) -> list[tuple[tuple[str, str], int]]:
+        found = [
+            (model, *name.partition(":"), total) for model, totals in seen.items() for name, total in totals.items()
+        ]
+        return [((model, label), total) for model, named, _, label, total in found if named == kind and label]
+
+    yield counter("jobs_admitted", "Requests that were admitted", ("model",), of("admitted"))
+    yield counter("images_admitted", "Images of admitted requests", ("model",), of("admitted_images"))
+    yield counter("jobs_refused", "Requests that were refused for load, by why", ("model", "reason"), by("refused"))
+    yield counter("jobs_ended", "Jobs by how they ended", ("model", "state"), by("ended"))
+    yield counter("images_ended", "Images by how they ended", ("model", "state"), by("images"))
+    about = "Entries that were given to a worker again, after a failure or the end of another one"
+    yield counter("redeliveries", about, ("model", "stage"), by("redelivered"))
+    yield counter("images_given_up", "Images that no worker could finish", ("model", "stage"), by("given_up"))
+
+
+def _replicas(seen: Mapping[str, _Seen]) -> Iterator[Family]:
+    """As the registry shows them."""
+    live = {
+        (model, stage.value): [worker for worker in each.workers if worker.stage is stage]
+        for model, each in seen.items()
+        for stage in Stage
+    }
+    names = ("model", "stage")
+    yield gauge("replicas", "Replicas that are alive", names, [(of, len(found)) for of, found in live.items()])
+    slots = [(of, sum(worker.slots for worker in found)) for of, found in live.items()]
+    yield gauge("deployment_slots", "Images that all replicas of a stage can hold", names, slots)
