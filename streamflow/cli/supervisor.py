@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from streamflow.cli.model_settings import folder_of, settings_by_model
 from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import EngineSettings, child_environment
+from streamflow.config import EngineSettings, Settings, child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families.source import default_name
 from streamflow.model_names import write_models
@@ -113,8 +113,10 @@ class LocalDeployment:
         makes_engines = self._settings.get("make_engines", EngineSettings().make_engines)
         self._ready_timeout_s = ready_timeout_s or (7200.0 if makes_engines else 180.0)
         self._grace_s = grace_s
+        self._metrics_port = self._settings.get("metrics_port", Settings().metrics_port)
         self._processes: dict[str, Supervised] = {}
         self._addresses: dict[str, str] = {}
+        self._metrics: dict[str, str] = {}
         self._numbers = Counter[tuple[str, str]]()
         self._model_of: dict[str, str] = {}
         self._stack = AsyncExitStack()
@@ -135,6 +137,14 @@ class LocalDeployment:
         Those of a further model have its name in front, as in `shapes-encoder-1`.
         """
         return self._addresses
+
+    @property
+    def metrics(self) -> Mapping[str, str]:
+        """Where Prometheus finds the metrics of every process, by name; empty unless `metrics_port` is set.
+
+        The gateway has that port, and every other process one of its own.
+        """
+        return self._metrics
 
     @property
     def models(self) -> Sequence[str]:
@@ -224,7 +234,8 @@ class LocalDeployment:
         """SIGTERM; returns when it has ended. It is not started again."""
         await self._process(name).stop()
         del self._processes[name], self._addresses[name]
-        self._model_of.pop(name, None)
+        for known in (self._model_of, self._metrics):
+            known.pop(name, None)
 
     def _check_settings(self) -> None:
         """What would otherwise be found out by a process that is started again and again."""
@@ -267,7 +278,10 @@ class LocalDeployment:
 
     def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:
         settings = {**self._settings, "redis_url": self.redis_url, "host": host, "port": port, **extra}
-        address = join(LOOPBACK if host in ("0.0.0.0", "[::]", "::") else host, port)
+        if self._metrics_port is not None:
+            settings["metrics_port"] = found = (self._metrics_port if kind == "gateway" else 0) or free_port(host)
+            self._metrics[name] = f"http://{_local(host, found)}/metrics"
+        address = _local(host, port)
         command = Command(
             self._commands[kind],
             environment=child_environment(settings),
@@ -308,3 +322,8 @@ class LocalDeployment:
         for names in (["gateway"], stages, ["redis"]):
             found = [self._processes[name] for name in names if name in self._processes]
             await asyncio.gather(*(process.stop() for process in found))
+
+
+def _local(host: str, port: int) -> str:
+    """Where this machine reaches what listens there."""
+    return join(LOOPBACK if host in ("0.0.0.0", "[::]", "::") else host, port)

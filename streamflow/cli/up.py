@@ -40,6 +40,10 @@ def up(
     deterministic: Annotated[bool | None, typer.Option(help="Equal bytes whatever runs beside.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Images in a denoiser's batch; 0 = its default.")] = 0,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of each stage; 0 = its default.")] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="Serve Prometheus metrics: the gateway's here, the others on free ports."),
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="A log file for each process here, in place of lines on stderr.")
     ] = None,
@@ -65,7 +69,7 @@ def up(
     from streamflow.families.source import default_name
     from streamflow.model_names import by_name, name_of, read_model
 
-    given = {"deterministic": deterministic, "threads": threads}
+    given = {"deterministic": deterministic, "threads": threads, "metrics_port": metrics_port}
     # What else the environment says is told of here, once, rather than by every process.
     check_environment(but=_OWN | {name for name, value in given.items() if value is not None}, program="streamflow up")
     (name, folder), *others = map(read_model, model or [str(default_model())])
@@ -82,7 +86,10 @@ def up(
         deterministic=deterministic,
         slots=slots,
         threads=threads,
-        settings=settings_of_first(name, flow=flow, adapters=adapters, controls=controls),
+        settings={
+            **settings_of_first(name, flow=flow, adapters=adapters, controls=controls),
+            **({} if metrics_port is None else {"metrics_port": metrics_port}),
+        },
         log_dir=log_dir,
         on_line=_print_supervisor if log_dir else _print_line,
     )
@@ -121,13 +128,16 @@ def _print_table(deployment: LocalDeployment) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    several = len(deployment.models) > 1
-    table = Table(title="StreamFlow is ready")
-    for column in ("process", "pid", "address", *(["model"] if several else [])):
-        table.add_column(column)
-    for name, process in deployment.processes.items():
-        model = [deployment.model_of(name)] if several else []
-        table.add_row(name, str(process.pid), deployment.addresses[name], *model)
+    shown = {"process": list(deployment.processes)}
+    shown["pid"] = [str(process.pid) for process in deployment.processes.values()]
+    shown["address"] = [deployment.addresses[name] for name in deployment.processes]
+    if deployment.metrics:
+        shown["metrics"] = [deployment.metrics.get(name, "") for name in deployment.processes]
+    if len(deployment.models) > 1:
+        shown["model"] = [deployment.model_of(name) for name in deployment.processes]
+    table = Table(*shown, title="StreamFlow is ready")
+    for row in zip(*shown.values(), strict=True):
+        table.add_row(*row)
     console = Console()
     console.print(table)
     where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"

@@ -434,3 +434,46 @@ async def test_a_place_that_is_lent_is_not_filled_from_the_stream(world, eventua
 def test_a_worker_without_room_is_a_mistake(transport):
     with pytest.raises(ValueError, match="capacity"):
         make_worker(transport, Hold(), capacity=0)
+
+
+async def test_it_tells_what_became_of_every_entry(steady, eventually) -> None:
+    told = {}
+
+    async def handle(context: EntryContext) -> Outcome:
+        name = context.entry.ref.job_id
+        context.note("began", number=len(told))
+        context.image_s = 12.5
+        if name == "fails":
+            raise GenerationError("the network gave NaN")
+        if name == "gone":
+            await asyncio.Event().wait()
+        return Finish(b"picture")
+
+    def on_worked(record) -> None:
+        told[record.entry.ref.job_id] = record
+        raise RuntimeError("who watches must not stop the work")
+
+    worker = make_worker(steady, handle, on_worked=on_worked)
+    async with running(worker):
+        for name in ("fine", "fails", "gone"):
+            await steady.admit(new_job(name))
+        await eventually(ended(steady, "fine"))
+        await eventually(ended(steady, "fails"))
+        await steady.cancel("gone")
+
+        async def all_told() -> bool:
+            return len(told) == 3
+
+        await eventually(all_told)
+    assert {name: record.outcome for name, record in told.items()} == {
+        "fine": "finished",
+        "fails": "failed",
+        "gone": "dropped",
+    }
+    assert {name: record.image_s for name, record in told.items()} == {"fine": 12.5, "fails": None, "gone": None}
+    for record in told.values():
+        assert [note.name for note in record.notes] == ["began"]
+        assert 0 <= record.worked_s < 30
+        assert 0 <= record.waited_s < 30
+    assert worker.info().image_ms > 0
+
