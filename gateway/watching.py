@@ -20,7 +20,7 @@ from streamflow.telemetry.metrics import PREFIX, SECONDS, Family, Snapshot, coun
 from streamflow.transport.base import JobView, Overview
 from streamflow.types import Stage, WorkerInfo
 
-LOOK_EVERY_S = 5.0
+LOOK_EVERY_S = 2.0
 
 _log = get_logger(__name__)
 

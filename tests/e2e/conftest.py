@@ -69,11 +69,17 @@ def fused(shapes: Path) -> Pipeline:
     return Pipeline.from_pretrained(shapes, device="cpu", deterministic=True)
 
 
+@pytest.fixture(scope="session")
+def spans_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all processes of the deployment write what they trace."""
+    return tmp_path_factory.mktemp("traces") / "spans.jsonl"
+
+
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def deployment(shapes: Path) -> AsyncIterator[LocalDeployment]:
-    """One encoder, one denoiser and two decoders in deterministic mode."""
+async def deployment(shapes: Path, spans_file: Path) -> AsyncIterator[LocalDeployment]:
+    """One encoder, one denoiser and two decoders in deterministic mode, with metrics and traces."""
     # A short lease, so that what a killed process held is taken over quickly.
-    settings = {"device": "cpu", "lease_s": 2.0}
+    settings = {"device": "cpu", "lease_s": 2.0, "metrics_port": 0, "traces": f"file:{spans_file}"}
     async with LocalDeployment(model=shapes, decoders=2, deterministic=True, settings=settings) as running:
         yield running
 

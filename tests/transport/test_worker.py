@@ -476,4 +476,3 @@ async def test_it_tells_what_became_of_every_entry(steady, eventually) -> None:
         assert 0 <= record.worked_s < 30
         assert 0 <= record.waited_s < 30
     assert worker.info().image_ms > 0
-
