@@ -6,7 +6,7 @@ Every gateway tells the same of a deployment, so several of them are not added u
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Histogram
@@ -18,9 +18,16 @@ from streamflow.errors import BusyError, UnavailableError
 from streamflow.telemetry import get_logger
 from streamflow.telemetry.metrics import PREFIX, SECONDS, Family, Snapshot, counter, counters, gauge
 from streamflow.transport.base import JobView, Overview
-from streamflow.types import Stage, WorkerInfo
+from streamflow.types import JobState, Stage, WorkerInfo
 
 LOOK_EVERY_S = 2.0
+
+REASONS = ("jobs", "tenant_jobs", "rate", "bytes", "work", "late")
+"""For which load is refused; see admit.lua."""
+
+ENDS = tuple(state.value for state in JobState if state.terminal)
+IMAGE_ENDS = ("done", "error", "cancelled", "deadline")
+STAGES = tuple(stage.value for stage in Stage)
 
 _log = get_logger(__name__)
 
@@ -114,20 +121,22 @@ def _totals(seen: Mapping[str, Mapping[str, int]]) -> Iterator[Family]:
     def of(name: str) -> list[tuple[tuple[str], int]]:
         return [((model,), totals.get(name, 0)) for model, totals in seen.items()]
 
-    def by(kind: str) -> list[tuple[tuple[str, str], int]]:
-        found = [
-            (model, *name.partition(":"), total) for model, totals in seen.items() for name, total in totals.items()
+    def by(kind: str, labels: Sequence[str]) -> list[tuple[tuple[str, str], int]]:
+        # What has not happened yet is told as 0: a rate needs a value before the first time.
+        return [
+            ((model, label), totals.get(f"{kind}:{label}", 0)) for model, totals in seen.items() for label in labels
         ]
-        return [((model, label), total) for model, named, _, label, total in found if named == kind and label]
 
     yield counter("jobs_admitted", "Requests that were admitted", ("model",), of("admitted"))
     yield counter("images_admitted", "Images of admitted requests", ("model",), of("admitted_images"))
-    yield counter("jobs_refused", "Requests that were refused for load, by why", ("model", "reason"), by("refused"))
-    yield counter("jobs_ended", "Jobs by how they ended", ("model", "state"), by("ended"))
-    yield counter("images_ended", "Images by how they ended", ("model", "state"), by("images"))
+    yield counter(
+        "jobs_refused", "Requests that were refused for load, by why", ("model", "reason"), by("refused", REASONS)
+    )
+    yield counter("jobs_ended", "Jobs by how they ended", ("model", "state"), by("ended", ENDS))
+    yield counter("images_ended", "Images by how they ended", ("model", "state"), by("images", IMAGE_ENDS))
     about = "Entries that were given to a worker again, after a failure or the end of another one"
-    yield counter("redeliveries", about, ("model", "stage"), by("redelivered"))
-    yield counter("images_given_up", "Images that no worker could finish", ("model", "stage"), by("given_up"))
+    yield counter("redeliveries", about, ("model", "stage"), by("redelivered", STAGES))
+    yield counter("images_given_up", "Images that no worker could finish", ("model", "stage"), by("given_up", STAGES))
 
 
 def _replicas(seen: Mapping[str, _Seen]) -> Iterator[Family]:

@@ -32,7 +32,7 @@ class EncodeHandler:
 
     def __init__(self, stage: EncoderStage, transport: Transport, *, cache_s: float) -> None:
         self._stage, self._transport, self._cache_s = stage, transport, cache_s
-        self.counters: Counter[str] = Counter()
+        self.counters = Counter({"prompt_cache_hits_total": 0, "prompt_cache_misses_total": 0})
 
     async def __call__(self, context: EntryContext) -> Outcome:
         """Advances the image to the denoiser. Raises GenerationError for what cannot be read or encoded."""

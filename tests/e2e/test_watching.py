@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
+import yaml
 from opentelemetry.sdk.trace import TracerProvider
 from prometheus_client.parser import text_string_to_metric_families
 
 from streamflow.cli.supervisor import LocalDeployment
 from streamflow.client import AsyncClient
 from streamflow.errors import InvalidRequestError
+from streamflow.ports import free_port
 from tests.e2e.conftest import wishes
 
 pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(400)]
+
+DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 
 Samples = Counter[tuple[str, str, tuple[tuple[str, str], ...]]]
 """Values by process, name and labels."""
@@ -142,3 +150,86 @@ async def test_a_request_is_one_trace_through_all_stages(
     previews = [event["name"] for span in found if span["name"] == "denoise" for event in span["events"]]
     assert previews
     assert set(previews) == {"preview"}
+
+
+def expressions() -> dict[str, str]:
+    """Every query of the dashboard and of the alerts, by what it is for; for all models, over half a minute."""
+    found = {}
+    for panel in json.loads((DEPLOY / "grafana" / "dashboards" / "streamflow.json").read_text("utf-8"))["panels"]:
+        for target in panel.get("targets", ()):
+            expr = target["expr"].replace("$model", ".*").replace("$__rate_interval", "30s")
+            found[f"{panel['title']}, {target['legendFormat']}"] = expr
+    (group,) = yaml.safe_load((DEPLOY / "prometheus" / "alerts.yml").read_text("utf-8"))["groups"]
+    return found | {rule["alert"]: rule["expr"] for rule in group["rules"]}
+
+
+async def test_the_dashboard_and_the_alerts_ask_for_what_there_is(
+    deployment: LocalDeployment, client: AsyncClient
+) -> None:
+    await client.generate("a red circle")
+    told = {name for _, name, _ in await asyncio.to_thread(scrape, deployment)}
+    for what, expr in expressions().items():
+        for name in re.findall(r"\b(?:streamflow|process)_\w+", expr):
+            assert name in told, f"{what}: no process tells {name}"
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (Debian: prometheus)")
+async def test_every_query_of_the_dashboard_returns_data(
+    deployment: LocalDeployment, client: AsyncClient, tmp_path: Path
+) -> None:
+    async with prometheus(deployment, tmp_path) as address:
+        missing: list[str] = []
+        for _ in range(30):
+            # The same prompt twice, so that the prompt cache has hits.
+            await asyncio.gather(*(client.generate("a red circle", num_images=4) for _ in range(2)))
+            missing = await asyncio.to_thread(without_data, address)
+            if not missing:
+                break
+            await asyncio.sleep(1)
+        assert not missing
+
+
+def without_data(address: str) -> list[str]:
+    """Names of the dashboard's queries to which Prometheus has no answer."""
+    missing = []
+    for what, expr in expressions().items():
+        if not what.startswith("StreamFlow"):
+            with urlopen(f"{address}/api/v1/query?{urlencode({'query': expr})}", timeout=10) as answer:
+                if not json.load(answer)["data"]["result"]:
+                    missing.append(f"{what}: {expr}")
+    return missing
+
+
+def answers(address: str) -> bool:
+    with suppress(OSError), urlopen(address, timeout=1):
+        return True
+    return False
+
+
+@asynccontextmanager
+async def prometheus(deployment: LocalDeployment, folder: Path) -> AsyncIterator[str]:
+    """A Prometheus that scrapes every process each second; its address."""
+    targets = [address.removeprefix("http://").removesuffix("/metrics") for address in deployment.metrics.values()]
+    config = {
+        "global": {"scrape_interval": "1s"},
+        "scrape_configs": [{"job_name": "streamflow", "static_configs": [{"targets": targets}]}],
+    }
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    process = await asyncio.create_subprocess_exec(
+        "prometheus",
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address={address}",
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(100):
+            if await asyncio.to_thread(answers, f"http://{address}/-/ready"):
+                break
+            await asyncio.sleep(0.1)
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        await process.wait()
