@@ -113,7 +113,8 @@ class LocalDeployment:
         makes_engines = self._settings.get("make_engines", EngineSettings().make_engines)
         self._ready_timeout_s = ready_timeout_s or (7200.0 if makes_engines else 180.0)
         self._grace_s = grace_s
-        self._metrics_port = self._settings.get("metrics_port", Settings().metrics_port)
+        wanted = self._settings.get("metrics_port", Settings().metrics_port)
+        self._metrics_port = None if wanted is None else int(str(wanted))
         self._processes: dict[str, Supervised] = {}
         self._addresses: dict[str, str] = {}
         self._metrics: dict[str, str] = {}
@@ -279,8 +280,9 @@ class LocalDeployment:
     def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:
         settings = {**self._settings, "redis_url": self.redis_url, "host": host, "port": port, **extra}
         if self._metrics_port is not None:
-            settings["metrics_port"] = found = (self._metrics_port if kind == "gateway" else 0) or free_port(host)
-            self._metrics[name] = f"http://{_local(host, found)}/metrics"
+            metrics_port = (self._metrics_port if kind == "gateway" else 0) or free_port(host)
+            settings["metrics_port"] = metrics_port
+            self._metrics[name] = f"http://{_local(host, metrics_port)}/metrics"
         address = _local(host, port)
         command = Command(
             self._commands[kind],
