@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, aclosing
+from dataclasses import replace
 from typing import Any
 
 import grpc.aio
@@ -22,6 +23,7 @@ from streamflow.rpc.errors import rpc_errors
 from streamflow.telemetry import Counters
 from streamflow.telemetry.traces import Request, Tracing
 from streamflow.transport.base import JobPlace, JobView
+from streamflow.types import WorkerInfo
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from streamflow.validation import check_request_id
 
@@ -155,7 +157,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
                 counters=self._counters.snapshot(),
             )
             for each in self._models:
-                await _add_stages(answer, each, now_s=now_s)
+                await _add_stages(answer, each, now_s=now_s, tenant=self._tenant(context))
             return answer
 
     async def _submit(
@@ -192,13 +194,34 @@ async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached
     await pipeline.delivered(key)
 
 
-async def _add_stages(answer: gateway_pb2.GatewayStatus, served: Served, *, now_s: float) -> None:
-    backlog = await served.transport.backlog()
+async def _add_stages(answer: gateway_pb2.GatewayStatus, served: Served, *, now_s: float, tenant: str) -> None:
+    """What the deployment of one model says; of whom its work is, only where that is the tenant."""
+    overview, backlog = await served.transport.overview(), await served.transport.backlog()
     answer.waiting += backlog.get("waiting", 0)
     answer.stages.extend(
-        convert.worker_to_pb(worker, backlog=backlog.get(worker.stage), now_s=now_s)
+        convert.worker_to_pb(_seen_by(tenant, worker), backlog=backlog.get(worker.stage), now_s=now_s)
         for worker in await served.transport.workers()
     )
+    answer.queues.extend(
+        gateway_pb2.QueueStatus(
+            model=served.card.name,
+            place=queue.place,
+            priority=queue.priority,
+            images=queue.images,
+            oldest_s=queue.oldest_s,
+        )
+        for queue in overview.queues
+    )
+
+
+def _seen_by(tenant: str, worker: WorkerInfo) -> WorkerInfo:
+    mine = JobKey(tenant, "").job_id
+    work = (slot if _is_of(mine, slot.image) else replace(slot, image="") for slot in worker.work)
+    return replace(worker, work=tuple(work))
+
+
+def _is_of(mine: str, image: str) -> bool:
+    return image.startswith(mine) if mine else "~" not in image
 
 
 def _page_size(field: str, size: int) -> int:

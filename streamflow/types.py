@@ -259,6 +259,22 @@ class OutputSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotView:
+    """An image in a slot of the running batch, as it stood after its last step.
+
+    Attributes:
+        image: `<job>:<index>`; empty for a call of the denoiser itself.
+        timestep: what the network was fed.
+    """
+
+    image: str
+    step: int
+    steps: int
+    timestep: float
+    sampler: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """One replica as the registry shows it.
 
@@ -267,6 +283,7 @@ class WorkerInfo:
         call_ms, row_ms: what a network call takes: `call_ms`, and `row_ms` for each of its rows; 0 = not measured.
         row_counts: to which network calls are padded; empty = to none.
         image_ms: what an image takes of its time, as measured on the last ones; 0 = not yet.
+        work: of a denoiser, what its slots hold.
     """
 
     worker_id: str
@@ -286,3 +303,4 @@ class WorkerInfo:
     row_ms: float = 0.0
     row_counts: tuple[int, ...] = ()
     image_ms: float = 0.0
+    work: tuple[SlotView, ...] = ()

@@ -151,7 +151,11 @@ class DenoiseHandler:
         async with passed_on((progress, self._publish(entry, progress)), (previews, self._offer(entry, previews))):
             # Direct calls may hold every slot; waiting for one is no fault of the image's.
             return await self._stage.denoise(
-                job, on_progress=on_progress, on_preview=on_preview, on_wait=context.progress
+                job,
+                label=str(entry.ref),
+                on_progress=on_progress,
+                on_preview=on_preview,
+                on_wait=context.progress,
             )
 
     async def _publish(self, entry: Entry, progress: Latest[_Progress]) -> None:

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import streamflow
-from streamflow.cli import dead, edit, engine, generate, inspect, samplers, up
+from streamflow.cli import dead, edit, engine, generate, inspect, samplers, top, up
 from streamflow.errors import (
     AlreadyExistsError,
     BusyError,
@@ -55,6 +55,7 @@ app.command("generate")(generate.generate)
 app.command("edit")(edit.edit)
 app.add_typer(samplers.app, name="samplers")
 app.command("status")(inspect.status)
+app.command("top")(top.top)
 app.command("models")(inspect.models)
 app.command("jobs")(inspect.jobs)
 app.command("cancel")(inspect.cancel)

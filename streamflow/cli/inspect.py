@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
-from streamflow.cli.tables import Json, print_json, print_out, table
+from streamflow.cli.tables import Json, duration, print_json, print_out, table
+from streamflow.client.views import STAGES
 from streamflow.types import JobState
 
 if TYPE_CHECKING:
@@ -174,11 +175,11 @@ def _status_table(status: Status) -> Table:
             f"{stage.backend} on {stage.device}" + _cost(stage),
             f"{stage.slots_in_use} / {stage.slots}",
             stage.backlog,
-            "draining" if stage.draining else _duration(stage.uptime_s),
+            "draining" if stage.draining else duration(stage.uptime_s),
         )
         for stage in sorted(status.stages, key=lambda stage: _place(stage, status.models))
     ]
-    missing = [(stage, "none", model, "", "", "", "images wait for one") for model, stage in _missing(status)]
+    missing = [(stage, "none", model, "", "", "", "images wait for one") for model, stage in status.missing]
     shown = table("stage", "replica", "model", "backend", "slots", "backlog", "up", rows=[*rows, *missing])
     shown.title = f"{', '.join(status.models)}: {len(status.stages)} replicas, {status.waiting} images waiting"
     return shown
@@ -187,15 +188,8 @@ def _status_table(status: Status) -> Table:
 def _place(stage: StageStatus, models: Sequence[str]) -> tuple[int, int, str]:
     """The models in their order, and the stages of each in theirs."""
     model = models.index(stage.model) if stage.model in models else len(models)
-    return model, _ORDER.get(stage.stage, len(_ORDER)), stage.worker_id
-
-
-def _missing(status: Status) -> Iterator[tuple[str, str]]:
-    """Model and stage where there is no replica."""
-    for model in status.models:
-        # The stages of the only model are its own, whatever they call it.
-        present = {stage.stage for stage in status.stages if stage.model == model or len(status.models) == 1}
-        yield from ((model, stage) for stage in _ORDER if stage not in present)
+    order = STAGES.index(stage.stage) if stage.stage in STAGES else len(STAGES)
+    return model, order, stage.worker_id
 
 
 def _cost(stage: StageStatus) -> str:
@@ -219,9 +213,3 @@ def _job_table(found: Sequence[Job]) -> Table:
 
 
 _ORDER = {"encoder": 0, "denoiser": 1, "decoder": 2}
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -43,3 +43,10 @@ def print_out(made: Table) -> None:
     from rich.console import Console
 
     Console().print(made)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

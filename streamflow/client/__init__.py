@@ -16,7 +16,7 @@ from streamflow.client.events import (
 from streamflow.client.request import GenerateOptions, new_request_id
 from streamflow.client.result import Result
 from streamflow.client.sync import Client
-from streamflow.client.views import Job, Model, StageStatus, Status
+from streamflow.client.views import Job, Model, Queue, SlotWork, StageStatus, Status
 
 __all__ = [
     "Accepted",
@@ -31,9 +31,11 @@ __all__ = [
     "Model",
     "Preview",
     "Progress",
+    "Queue",
     "Queued",
     "RequestWarning",
     "Result",
+    "SlotWork",
     "StageStatus",
     "Status",
     "Timings",

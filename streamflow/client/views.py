@@ -9,6 +9,9 @@ from streamflow.rpc.convert import decoder_from_pb, failure_from_pb, state_from_
 from streamflow.types import DecoderKind, Failure, JobState
 from streamflow.v1 import gateway_pb2, types_pb2
 
+STAGES = ("encoder", "denoiser", "decoder")
+"""In the order in which images pass them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -142,6 +145,38 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class SlotWork:
+    """An image in a slot of the running batch, as it stood after its last step.
+
+    Attributes:
+        request_id: empty for a call of the denoiser itself, and for somebody else's request.
+        timestep: what the network was fed.
+    """
+
+    request_id: str
+    index: int
+    step: int
+    steps: int
+    timestep: float
+    sampler: str
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Images of one model and priority (-1, 0 or 1) that are in one place: waiting, encode, denoise or decode.
+
+    Attributes:
+        oldest_s: how long the oldest has been there; of those that wait, since their admission.
+    """
+
+    model: str
+    place: str
+    priority: int
+    images: int
+    oldest_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class StageStatus:
     """One replica of a stage.
 
@@ -149,6 +184,8 @@ class StageStatus:
         backlog: what waits for the stage, over all replicas.
         call_ms, row_ms: what a network call takes: `call_ms`, and `row_ms` for each of its rows; 0 = not measured.
         row_counts: to which network calls are padded; empty = to none.
+        work: of a denoiser, what its slots hold.
+        image_ms: what an image takes of its time, measured on the last ones; 0 = not yet.
     """
 
     stage: str
@@ -166,6 +203,8 @@ class StageStatus:
     row_ms: float
     row_counts: tuple[int, ...]
     counters: Mapping[str, int] = field(repr=False)
+    work: tuple[SlotWork, ...] = field(repr=False)
+    image_ms: float
 
     @classmethod
     def from_pb(cls, status: types_pb2.StageStatus) -> StageStatus:
@@ -185,6 +224,11 @@ class StageStatus:
             row_ms=status.row_ms,
             row_counts=tuple(status.row_counts),
             counters=dict(status.counters),
+            work=tuple(
+                SlotWork(slot.request_id, slot.index, slot.step, slot.steps, slot.timestep, slot.sampler)
+                for slot in status.work
+            ),
+            image_ms=status.image_ms,
         )
 
 
@@ -202,6 +246,17 @@ class Status:
     models: tuple[str, ...]
     uptime_s: float
     counters: Mapping[str, int] = field(repr=False)
+    queues: tuple[Queue, ...]
+
+    @property
+    def missing(self) -> list[tuple[str, str]]:
+        """Model and stage wherever there is no replica: what comes there waits for one."""
+        found = []
+        for model in self.models:
+            # The stages of the only model are its own, whatever they call it.
+            present = {stage.stage for stage in self.stages if stage.model == model or len(self.models) == 1}
+            found += [(model, stage) for stage in STAGES if stage not in present]
+        return found
 
     @classmethod
     def from_pb(cls, status: gateway_pb2.GatewayStatus) -> Status:
@@ -212,4 +267,7 @@ class Status:
             models=tuple(status.models),
             uptime_s=status.uptime_s,
             counters=dict(status.counters),
+            queues=tuple(
+                Queue(queue.model, queue.place, queue.priority, queue.images, queue.oldest_s) for queue in status.queues
+            ),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Protocol, Self
 
 import grpc.aio
@@ -18,7 +17,7 @@ from streamflow.rpc.errors import rpc_errors
 from streamflow.transport.base import Transport
 from streamflow.transport.handling import EntryContext, Outcome, WorkRecord
 from streamflow.transport.worker import DrainReport, StageWorker
-from streamflow.types import ModelCard, Stage, WorkerInfo
+from streamflow.types import ModelCard, SlotView, Stage, WorkerInfo
 from streamflow.v1 import types_pb2
 
 MAX_GRACE_S = 3600.0
@@ -46,6 +45,10 @@ class HostedStage(Protocol):
 
     @property
     def counters(self) -> Mapping[str, int]: ...
+
+    @property
+    def work(self) -> tuple[SlotView, ...]:
+        """What its slots hold, where it knows more of them than how many are in use."""
 
     def warm_up(self) -> None: ...
 
@@ -128,12 +131,8 @@ class StageControl:
             row_counts=self._hosted.row_counts,
             started_at_s=self._started_at_s,
             counters={**self._hosted.counters, **self._handler.counters},
+            work=self._hosted.work,
         )
-
-    def now(self) -> WorkerInfo:
-        """The replica as it stands, with what its worker knows."""
-        info = self.worker.info()
-        return replace(info, counters={**info.counters, **self.worker.counters})
 
     def check_open(self) -> None:
         """Raises UnavailableError once the drain began."""
@@ -143,7 +142,7 @@ class StageControl:
     async def status(self) -> types_pb2.StageStatus:
         """Raises UnavailableError when the backlog cannot be read."""
         backlog = (await self._transport.backlog()).get(self._stage.value, 0)
-        return worker_to_pb(self.now(), backlog=backlog)
+        return worker_to_pb(self.worker.info(), backlog=backlog)
 
     async def drain(self, grace_s: float = 0.0) -> DrainReport:
         """Args: grace_s: how long unfinished work may go on before it is handed back; 0 = the setting's."""

@@ -114,7 +114,7 @@ async def serve(
             suspend=None if service.suspend is None else partial(service.suspend, handler),
             on_worked=watch,
         )
-        watch.show(control.now)
+        watch.show(control.worker.info)
         resources.enter_context(serving(metrics, host=settings.host, port=settings.metrics_port))
         server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
         await resources.enter_async_context(server)

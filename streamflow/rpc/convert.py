@@ -16,6 +16,7 @@ from streamflow.types import (
     JobState,
     ModelCard,
     OutputSpec,
+    SlotView,
     Variant,
     WorkerInfo,
     adapter_uses,
@@ -174,6 +175,21 @@ def worker_to_pb(
         call_ms=worker.call_ms,
         row_ms=worker.row_ms,
         row_counts=worker.row_counts,
+        work=map(_slot_to_pb, worker.work),
+        image_ms=worker.image_ms,
+    )
+
+
+def _slot_to_pb(slot: SlotView) -> types_pb2.SlotWork:
+    job, _, index = slot.image.rpartition(":")
+    return types_pb2.SlotWork(
+        # A tenant's jobs have its name in front.
+        request_id=job.rpartition("~")[2],
+        index=int(index or 0),
+        step=slot.step,
+        steps=slot.steps,
+        timestep=slot.timestep,
+        sampler=slot.sampler,
     )
 
 

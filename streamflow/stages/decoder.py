@@ -116,6 +116,7 @@ class DecoderStage:
 
     cost = None
     row_counts: tuple[int, ...] = ()
+    work = ()
 
     async def __aenter__(self) -> Self:
         self._pool = await ImagePool(self._image_workers).__aenter__()

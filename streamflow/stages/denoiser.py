@@ -35,7 +35,7 @@ from streamflow.stages.runner import EngineRunner, TickRecord
 from streamflow.stages.sizing import LEAST_SLOTS, MOST_SLOTS, choose_step, measured_cost, pad, pad_to_one
 from streamflow.stages.timing import TimedStep
 from streamflow.telemetry import get_logger
-from streamflow.types import DenoiseJob, JobChange, ModelCard, Tensors, Variant
+from streamflow.types import DenoiseJob, JobChange, ModelCard, SlotView, Tensors, Variant
 from streamflow.validation import check_control_image, check_variant
 
 DEFAULT_SLOTS = 16
@@ -84,6 +84,7 @@ class DenoiserStage:
         self._handles: Iterator[int] = itertools.count()
         self._runner: EngineRunner | None = None
         self._changeable_jobs: dict[Hashable, tuple[Hashable, DenoiseJob]] = {}
+        self._labels: dict[Hashable, tuple[str, str]] = {}
         self._stack = AsyncExitStack()
         self._variants, self._most_mixes = variants, variants.kept if variants else 0
         self._mixes = Mixes(self._most_mixes)
@@ -255,6 +256,7 @@ class DenoiserStage:
         job: DenoiseJob,
         *,
         key: Hashable = None,
+        label: str = "",
         on_progress: OnProgress | None = None,
         on_preview: OnPreview | None = None,
         on_wait: Callable[[], None] | None = None,
@@ -263,6 +265,7 @@ class DenoiserStage:
 
         Args:
             key: by which `change` finds the job; None = it will not be changed.
+            label: by which `work` shows it.
             on_wait: called with every tick of the others while the job waits for a slot.
 
         Returns:
@@ -276,9 +279,23 @@ class DenoiserStage:
         progress = (lambda event: on_progress(event.step, event.steps)) if on_progress else None
         preview = (lambda event: on_preview(event.step, event.latents)) if on_preview else None
         image = self.image(job, handle=next(self._handles))
-        with self._changeable(key, image.handle, job):
+        with self._changeable(key, image.handle, job), self._shown(image.handle, label, job.sampler):
             async with self._mixes.held(image.variant, on_wait=on_wait):
                 return await self._entered.run(image, on_progress=progress, on_preview=preview, on_wait=on_wait)
+
+    @property
+    def work(self) -> tuple[SlotView, ...]:
+        """What the slots hold, once it has begun."""
+        found = ((said, self._entered.place(handle)) for handle, said in self._labels.items())
+        return tuple(SlotView(label, *place, sampler) for (label, sampler), place in found if place)
+
+    @contextmanager
+    def _shown(self, handle: Hashable, label: str, sampler: str) -> Iterator[None]:
+        self._labels[handle] = label, sampler
+        try:
+            yield
+        finally:
+            del self._labels[handle]
 
     def _admit(self, waiting: list[Image], under_way: dict[Hashable, Variant]) -> None:
         """Gives slots to images that wait, as far as there are any, and as many variants as are kept."""

@@ -131,6 +131,7 @@ class EncoderStage:
 
     cost = None
     row_counts: tuple[int, ...] = ()
+    work = ()
 
     async def __aenter__(self) -> Self:
         return self

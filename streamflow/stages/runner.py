@@ -68,6 +68,7 @@ class _Watcher:
     on_preview: Callable[[Preview], None] | None
     on_wait: Callable[[], None] | None
     waiting: bool = True
+    place: tuple[int, int, float] | None = None
 
 
 class EngineRunner:
@@ -145,6 +146,11 @@ class EngineRunner:
             if began_s is not None and time.perf_counter() - began_s > hung_after_s:
                 self._break(TimeoutError(f"a tick has not ended after {hung_after_s:g} s"))
         raise UnavailableError("the denoiser's engine has ended; restart the denoiser") from self._error
+
+    def place(self, handle: Hashable) -> tuple[int, int, float] | None:
+        """Step, of how many, and the timestep of it, after the image's last tick; None before its first one."""
+        watcher = self._watchers.get(handle)
+        return watcher.place if watcher else None
 
     @property
     def in_use(self) -> int:
@@ -272,10 +278,12 @@ class EngineRunner:
 
     def _deliver(self, report: TickReport, record: TickRecord) -> None:
         self._count(report, record)
-        for progress in report.progress:
+        for progress, timestep in zip(report.progress, report.timesteps, strict=True):
             watcher = self._watchers.get(progress.handle)
-            if watcher is not None and watcher.on_progress is not None:
-                watcher.on_progress(progress)
+            if watcher is not None:
+                watcher.place = progress.step, progress.steps, timestep
+                if watcher.on_progress is not None:
+                    watcher.on_progress(progress)
         for preview in report.previews:
             watcher = self._watchers.get(preview.handle)
             if watcher is not None and watcher.on_preview is not None:

@@ -18,7 +18,7 @@ from streamflow.transport.base import (
     PreviewTask,
     Queue,
 )
-from streamflow.types import Failure, JobState, Stage, WorkerInfo
+from streamflow.types import Failure, JobState, SlotView, Stage, WorkerInfo
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,11 @@ def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:
     try:
         lapses, info = value.split(b" ", 1)
         known = {name: said for name, said in json.loads(info).items() if name in WorkerInfo.__dataclass_fields__}
-        of_ours = {"stage": Stage(known["stage"]), "row_counts": tuple(known.get("row_counts", ()))}
+        of_ours = {
+            "stage": Stage(known["stage"]),
+            "row_counts": tuple(known.get("row_counts", ())),
+            "work": tuple(SlotView(**slot) for slot in known.get("work", ())),
+        }
         return WorkerInfo(**{**known, **of_ours}), float(lapses)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("an entry of the registry cannot be read: %s", error)

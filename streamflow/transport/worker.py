@@ -28,6 +28,7 @@ from streamflow.types import Failure, JobState, Stage, WorkerInfo
 log = logging.getLogger(__name__)
 
 _BLOCK_S = 1.0
+_MISSED = 7
 # Less than what the gRPC server and the supervisors leave after the grace period.
 _SUSPEND_S = 1.5
 _TRANSIENT = (UnavailableError, BusyError)
@@ -73,7 +74,7 @@ class StageWorker:
         info: what the registry shall say of this worker; its id, `slots_in_use` and `draining` are filled in here.
         capacity: entries to hold at once.
         progress_timeout_s: a handler that reports no progress for so long is stopped, and its attempt counted.
-        register_every_s: the registry's lease is three times this.
+        register_every_s: the registry shows what was so then; its lease is longer by some missed times.
         on_worked: told of each entry when it leaves this worker, by whatever way.
         suspend: called a step before a drain's grace period ends: the handlers shall return after their step, with
             outcomes from which others can go on. What they leave undone is handed back as it was.
@@ -88,7 +89,7 @@ class StageWorker:
         info: Callable[[], WorkerInfo],
         capacity: int,
         progress_timeout_s: float = 60.0,
-        register_every_s: float = 5.0,
+        register_every_s: float = 2.0,
         suspend: Callable[[], None] | None = None,
         on_worked: Callable[[WorkRecord], None] | None = None,
     ) -> None:
@@ -128,7 +129,14 @@ class StageWorker:
     def info(self) -> WorkerInfo:
         """The worker as the registry shows it."""
         image_ms = 1000 * self._pace.image_s
-        return replace(self._info(), slots_in_use=self.in_hand, draining=self.draining, image_ms=image_ms)
+        info = self._info()
+        return replace(
+            info,
+            slots_in_use=self.in_hand,
+            draining=self.draining,
+            image_ms=image_ms,
+            counters={**info.counters, **self.counters},
+        )
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
@@ -347,7 +355,7 @@ class StageWorker:
     async def _keep_registered(self) -> None:
         while True:
             try:
-                await self._transport.register(self.info(), lease_s=3 * self._register_every_s)
+                await self._transport.register(self.info(), lease_s=_MISSED * self._register_every_s)
             except _TRANSIENT as error:
                 log.warning("%s: not registered: %s", self._stage.service, error)
             await asyncio.sleep(self._register_every_s)

@@ -280,7 +280,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
-    __slots__ = ("stages", "waiting", "model", "uptime_s", "counters", "models")
+    __slots__ = ("stages", "waiting", "model", "uptime_s", "counters", "models", "queues")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -294,10 +294,26 @@ class GatewayStatus(_message.Message):
     UPTIME_S_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    QUEUES_FIELD_NUMBER: _ClassVar[int]
     stages: _containers.RepeatedCompositeFieldContainer[_types_pb2.StageStatus]
     waiting: int
     model: str
     uptime_s: float
     counters: _containers.ScalarMap[str, int]
     models: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, stages: _Optional[_Iterable[_Union[_types_pb2.StageStatus, _Mapping]]] = ..., waiting: _Optional[int] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[str]] = ...) -> None: ...
+    queues: _containers.RepeatedCompositeFieldContainer[QueueStatus]
+    def __init__(self, stages: _Optional[_Iterable[_Union[_types_pb2.StageStatus, _Mapping]]] = ..., waiting: _Optional[int] = ..., model: _Optional[str] = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., models: _Optional[_Iterable[str]] = ..., queues: _Optional[_Iterable[_Union[QueueStatus, _Mapping]]] = ...) -> None: ...
+
+class QueueStatus(_message.Message):
+    __slots__ = ("model", "place", "priority", "images", "oldest_s")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_S_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    place: str
+    priority: int
+    images: int
+    oldest_s: float
+    def __init__(self, model: _Optional[str] = ..., place: _Optional[str] = ..., priority: _Optional[int] = ..., images: _Optional[int] = ..., oldest_s: _Optional[float] = ...) -> None: ...

@@ -257,7 +257,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StageStatus(_message.Message):
-    __slots__ = ("stage", "worker_id", "model", "model_revision", "backend", "device", "slots", "slots_in_use", "backlog", "draining", "uptime_s", "counters", "call_ms", "row_ms", "row_counts")
+    __slots__ = ("stage", "worker_id", "model", "model_revision", "backend", "device", "slots", "slots_in_use", "backlog", "draining", "uptime_s", "counters", "call_ms", "row_ms", "row_counts", "work", "image_ms")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -280,6 +280,8 @@ class StageStatus(_message.Message):
     CALL_MS_FIELD_NUMBER: _ClassVar[int]
     ROW_MS_FIELD_NUMBER: _ClassVar[int]
     ROW_COUNTS_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_MS_FIELD_NUMBER: _ClassVar[int]
     stage: str
     worker_id: str
     model: str
@@ -295,7 +297,25 @@ class StageStatus(_message.Message):
     call_ms: float
     row_ms: float
     row_counts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, stage: _Optional[str] = ..., worker_id: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., slots: _Optional[int] = ..., slots_in_use: _Optional[int] = ..., backlog: _Optional[int] = ..., draining: bool = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., call_ms: _Optional[float] = ..., row_ms: _Optional[float] = ..., row_counts: _Optional[_Iterable[int]] = ...) -> None: ...
+    work: _containers.RepeatedCompositeFieldContainer[SlotWork]
+    image_ms: float
+    def __init__(self, stage: _Optional[str] = ..., worker_id: _Optional[str] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., backend: _Optional[str] = ..., device: _Optional[str] = ..., slots: _Optional[int] = ..., slots_in_use: _Optional[int] = ..., backlog: _Optional[int] = ..., draining: bool = ..., uptime_s: _Optional[float] = ..., counters: _Optional[_Mapping[str, int]] = ..., call_ms: _Optional[float] = ..., row_ms: _Optional[float] = ..., row_counts: _Optional[_Iterable[int]] = ..., work: _Optional[_Iterable[_Union[SlotWork, _Mapping]]] = ..., image_ms: _Optional[float] = ...) -> None: ...
+
+class SlotWork(_message.Message):
+    __slots__ = ("request_id", "index", "step", "steps", "timestep", "sampler")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TIMESTEP_FIELD_NUMBER: _ClassVar[int]
+    SAMPLER_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    index: int
+    step: int
+    steps: int
+    timestep: float
+    sampler: str
+    def __init__(self, request_id: _Optional[str] = ..., index: _Optional[int] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., timestep: _Optional[float] = ..., sampler: _Optional[str] = ...) -> None: ...
 
 class DrainRequest(_message.Message):
     __slots__ = ("grace_s",)
