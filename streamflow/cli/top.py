@@ -87,7 +87,7 @@ def frame(now: Look, before: Look, *, lines: int) -> Group:
     """
     from rich.console import Group
 
-    room = max(3, lines - _AROUND - len(now.status.stages))
+    room = max(3, lines - _AROUND - len(now.status.stages) - len(now.status.missing))
     return Group(_title(now, before), _queues(now.status.queues), _replicas(now, before), _slots(now.status, room=room))
 
 
