@@ -36,6 +36,7 @@ async def serve(settings: GatewaySettings) -> None:
         keys=keys,
         credentials=_credentials(settings),
         on_drain=models.drain,
+        health_port=settings.health_port,
     )
     stop = asyncio.Event()
     try:
