@@ -247,9 +247,10 @@ async def test_a_server_that_drains_still_tells_probes_that_it_lives(serve, serv
         await server.set_ready(True)
         events = aiter(gateway_pb2_grpc.GatewayStub(channel).Generate(types_pb2.GenerateRequest()))
         await anext(events)
+        ready = aiter(health_pb2_grpc.HealthStub(probe).Watch(health_pb2.HealthCheckRequest(service=NAME)))
+        assert (await anext(ready)).status == SERVING
         draining = asyncio.create_task(server.drain())
-        while await health(probe, NAME) == SERVING:
-            await asyncio.sleep(0.01)
+        assert (await anext(ready)).status == NOT_SERVING
         assert await health(probe, "liveness") == SERVING
         servicer.release.set()
         await draining
