@@ -89,7 +89,7 @@ def test_every_object_is_one_that_kubernetes_knows(version, custom_resources):
 def test_a_misspelt_field_is_found(custom_resources):
     [thing] = of_kind(render("overlays/cpu", "prometheus"), "PodMonitor")
     for wrong in ({**thing, "specs": {}}, {**thing, "spec": {**thing["spec"], "selectors": {}}}):
-        with pytest.raises(Exception, match="specs|selectors"):
+        with pytest.raises(Exception, match=r"specs|selectors"):
             check_valid(wrong, VERSIONS[-1], custom_resources)
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": {"containers": [], "hostNetworks": 1}}
     with pytest.raises(kubernetes_validate.ValidationError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
+from math import ceil
 
 import kubernetes_validate
 import pytest
 
 from streamflow.types import Stage
+from tests.deploy.autoscaler import course
 from tests.deploy.rendered import (
     Object,
     deployments,
@@ -61,17 +64,42 @@ def test_silence_is_not_an_empty_queue(target):
         assert 1 <= least == thing["spec"]["fallback"]["replicas"] < most
 
 
-def test_replicas_come_at_once_and_leave_one_by_one(target):
-    for name, thing in named(target, "ScaledObject").items():
-        behavior = thing["spec"]["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
-        assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
-        down = behavior["scaleDown"]
-        [policy] = down["policies"]
-        assert (policy["type"], policy["value"]) == ("Pods", 1)
-        # A denoiser is the dearest to start.
-        window_s, every_s = (600, 120) if name == "streamflow-denoiser" else (300, 60)
-        assert down["stabilizationWindowSeconds"] >= window_s
-        assert policy["periodSeconds"] >= every_s
+# Seconds until a new replica works, and how many may leave in an hour of steady load: as many have to be started again.
+STARTS = {"streamflow-encoder": (30, 10), "streamflow-denoiser": (60, 5), "streamflow-decoder": (30, 10)}
+HOUR_S = 3600
+
+
+@pytest.mark.parametrize("name", STARTS)
+@pytest.mark.parametrize("load", [0.5, 1.5, 2.5, 3.5])
+def test_a_steady_load_keeps_its_replicas(target, name, load):
+    start_s, most = STARTS[name]
+    spec = named(target, "ScaledObject")[name]["spec"]
+    hours, settled = 4, slice(2 * HOUR_S, None)
+    found = course(spec, lambda now: load, start_s=start_s, seconds=hours * HOUR_S)
+    assert found.changes(-1) <= most * hours
+    # At first it is more, for what has piled up until the first ones work.
+    assert max(found.replicas[settled]) <= max(ceil(load), spec["minReplicaCount"]) + 2
+    # Nobody waits much longer than it takes to see what is missing, and to start it.
+    threshold_s = float(spec["triggers"][0]["metadata"]["threshold"])
+    assert max(found.wait_s[settled]) <= threshold_s + start_s
+
+
+def test_without_the_long_way_down_replicas_come_and_go(target):
+    spec = deepcopy(named(target, "ScaledObject")["streamflow-denoiser"]["spec"])
+    spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] = {
+        "stabilizationWindowSeconds": 0,
+        "policies": [{"type": "Percent", "value": 100, "periodSeconds": 15}],
+    }
+    assert course(spec, lambda now: 2.5, start_s=60, seconds=HOUR_S).changes(-1) > 20
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_a_burst_is_soon_over(target, name):
+    """Four minutes of work for one replica arrive at once."""
+    spec, (start_s, _) = named(target, "ScaledObject")[name]["spec"], STARTS[name]
+    found = course(spec, lambda now: 240.0 if now == HOUR_S else 0.0, start_s=start_s, seconds=2 * HOUR_S)
+    assert next(now for now in range(HOUR_S, 2 * HOUR_S) if found.wait_s[now] == 0) - HOUR_S <= 150
+    assert found.replicas[HOUR_S - 1] == found.replicas[-1] == spec["minReplicaCount"]
 
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
