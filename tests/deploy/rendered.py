@@ -37,22 +37,27 @@ def builder() -> list[str]:
 @cache
 def render(base: str, *components: str) -> list[Object]:
     """A folder of deploy/kubernetes, with components on top."""
-    command = builder()
     if not components:
-        return build([*command, str(FOLDER / base)])
+        return _build(str(FOLDER / base))
+    return render_on(base, {"components": [f"components/{name}" for name in components]})
+
+
+def render_on(base: str, kustomization: Object) -> list[Object]:
+    """What an operator's own overlay makes of a folder; its components are folders of deploy/kubernetes."""
     with TemporaryDirectory() as folder:
 
         def relative(name: str) -> str:
             # Kustomize takes no absolute paths.
             return os.path.relpath(FOLDER / name, Path(folder).resolve())
 
-        kustomization = {"resources": [relative(base)], "components": [relative(f"components/{n}") for n in components]}
-        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return build([*command, folder])
+        components = [relative(name) for name in kustomization.get("components", ())]
+        whole = {**kustomization, "resources": [relative(base)], "components": components}
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(whole))
+        return _build(folder)
 
 
-def build(command: list[str]) -> list[Object]:
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+def _build(folder: str) -> list[Object]:
+    result = subprocess.run([*builder(), folder], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     return list(yaml.safe_load_all(result.stdout))
 

@@ -243,7 +243,7 @@ def test_a_slow_start_is_no_death_and_a_hang_is_one(target):
         server = server_of(deployment)
         starts_s = server["startupProbe"]["periodSeconds"] * server["startupProbe"]["failureThreshold"]
         on_volume = any("persistentVolumeClaim" in volume for volume in pod_of(deployment)["volumes"])
-        assert starts_s >= (1800 if on_volume and name in STAGES else 300 if name in STAGES else 120)
+        assert starts_s >= (1800 if on_volume else 300 if name in STAGES else 120)
         # A rollout must not be given up while a replica may still be starting.
         assert deployment["spec"].get("progressDeadlineSeconds", 600) > starts_s
         dead_s = server["livenessProbe"]["periodSeconds"] * server["livenessProbe"]["failureThreshold"]

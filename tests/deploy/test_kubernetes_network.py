@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import pytest
+import yaml
 
-from tests.deploy.rendered import Object, Peer, allowed, deployments, labels_of, of_kind, render, server_of
+from tests.deploy.rendered import (
+    FOLDER,
+    Object,
+    Peer,
+    allowed,
+    deployments,
+    labels_of,
+    of_kind,
+    render,
+    render_on,
+    server_of,
+)
 
 TARGETS = [("overlays/cpu",), ("overlays/gpu-autoscaled",)]
 HERE = {"kubernetes.io/metadata.name": "streamflow"}
@@ -61,6 +74,15 @@ def test_only_redis_and_names_are_reached(target):
 def test_others_in_the_namespace_are_left_alone(target):
     for direction in ("Ingress", "Egress"):
         assert allowed(of_kind(target, "NetworkPolicy"), {"app": "redis"}, direction, 6379, "TCP", Peer())
+
+
+def test_the_readmes_patch_narrows_redis_to_its_address():
+    [text] = re.findall(r"```yaml\n(patches:.*?)```", (FOLDER / "README.md").read_text("utf-8"), re.DOTALL)
+    objects = render_on("overlays/cpu", yaml.safe_load(text))
+    policies, denoiser = of_kind(objects, "NetworkPolicy"), deployments(objects)["denoiser"]
+    for address, expected in (("10.20.30.40", True), ("10.20.30.41", False)):
+        assert allowed(policies, labels_of(denoiser), "Egress", 6379, "TCP", Peer(address)) == expected
+    assert allowed(policies, labels_of(denoiser), "Egress", 53, "UDP", PEERS["DNS"])
 
 
 def test_the_policies_agree_with_the_ports_of_the_containers(target):
