@@ -117,10 +117,13 @@ class RpcServer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            await self.drain()
-        else:
-            await self._server.stop(0)
+        try:
+            if error is None:
+                await self.drain()
+            else:
+                await self._server.stop(0)
+        finally:
+            # Last: a process that drains is alive, and whoever asks should hear it.
             await self._health_server.stop(0)
 
     async def set_ready(self, ready: bool) -> None:
@@ -160,8 +163,6 @@ class RpcServer:
             tasks.create_task(self._server.stop(grace_s + _CUT_AFTER_S), name="stop gRPC server")
             if self._on_drain is not None:
                 tasks.create_task(_run(self._on_drain, grace_s), name="drain work")
-        # Last: a process that drains is alive, and whoever asks should hear it.
-        await self._health_server.stop(0)
         _log.info("stopped", address=self.address)
 
     def _bind(self) -> int:

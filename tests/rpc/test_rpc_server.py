@@ -243,21 +243,22 @@ async def test_probes_need_no_tls_on_a_port_that_answers_nothing_else(serve):
 
 async def test_a_server_that_drains_still_tells_probes_that_it_lives(serve, servicer):
     port = free_port("localhost")
-    async with serve(health_port=port) as (server, channel), open_aio_channel(Target(f"localhost:{port}")) as probe:
-        await server.set_ready(True)
-        events = aiter(gateway_pb2_grpc.GatewayStub(channel).Generate(types_pb2.GenerateRequest()))
-        await anext(events)
-        ready = aiter(health_pb2_grpc.HealthStub(probe).Watch(health_pb2.HealthCheckRequest(service=NAME)))
-        assert (await anext(ready)).status == SERVING
-        draining = asyncio.create_task(server.drain())
-        assert (await anext(ready)).status == NOT_SERVING
-        assert await health(probe, "liveness") == SERVING
-        servicer.release.set()
-        await draining
-        assert [event async for event in events] == []
+    async with open_aio_channel(Target(f"localhost:{port}")) as probe:
+        async with serve(health_port=port) as (server, channel):
+            await server.set_ready(True)
+            events = aiter(gateway_pb2_grpc.GatewayStub(channel).Generate(types_pb2.GenerateRequest()))
+            await anext(events)
+            ready = aiter(health_pb2_grpc.HealthStub(probe).Watch(health_pb2.HealthCheckRequest(service=NAME)))
+            assert (await anext(ready)).status == SERVING
+            draining = asyncio.create_task(server.drain())
+            assert (await anext(ready)).status == NOT_SERVING
+            assert await health(probe, "liveness") == SERVING
+            servicer.release.set()
+            await draining
+            assert [event async for event in events] == []
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await health(probe, "liveness")
-        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_health_port_that_is_taken_is_reported(serve):
