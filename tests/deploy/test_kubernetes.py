@@ -54,8 +54,9 @@ KINDS: dict[str, type[Settings]] = {"gateway": GatewaySettings, **dict.fromkeys(
 # The oldest version that the README names, and the newest that the validator knows.
 VERSIONS = ("1.30", "1.37")
 SECRETS = {("streamflow-redis", "url"): "redis://127.0.0.1:6379/0"}
-# A gateway cuts calls so long after the grace period (rpc/server.py); then it closes what it has open.
-CUT_S, EXIT_S = 2.0, 5.0
+# A server cuts calls so long after the grace period (rpc/server.py). With torch in it a process took up to 20 s more to
+# end on two busy cores.
+CUT_S, EXIT_S = 2.0, 20.0
 
 
 @pytest.fixture(params=ALL, ids=" + ".join)
