@@ -1,7 +1,7 @@
 """How decoders scale: `python -m benchmarks.decoders`.
 
-Latents wait in the decode stream, more than can be decoded while replicas start; then 1, 2 or 4 decoder processes with one
-thread each decode them with the full autoencoder. What is timed is the stretch in which all of them are at work.
+Latents wait in the decode stream, more than can be decoded while replicas start; then 1, 2 or 4 decoder processes with
+one thread each decode them with the full autoencoder. What is timed is the stretch in which all are at work.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -47,25 +48,39 @@ async def timed(deployment: LocalDeployment, client: AsyncClient, count: int, *,
         await client.submit("a red circle", num_images=PER_REQUEST, steps=1, decoder="full", seed=seed + number)
         for number in range(images // PER_REQUEST)
     ]
-    while await undecoded(client) != await left(client) or await left(client) < len(jobs) * PER_REQUEST:
-        await asyncio.sleep(0.1)
+    await until(lambda: denoised(client, len(jobs) * PER_REQUEST))
     names = await asyncio.gather(*(deployment.add("decoder") for _ in range(count)))
     before, began_s = await left(client), time.perf_counter()
-    while (remaining := await left(client)) > count * 8:
-        await asyncio.sleep(0.05)
-    rate = (before - remaining) / (time.perf_counter() - began_s)
+    # The last images keep fewer and fewer of them busy.
+    await until(lambda: at_most(client, count * PER_REQUEST))
+    rate = (before - await left(client)) / (time.perf_counter() - began_s)
     if before < images / 3:
         raise RuntimeError(f"only {before} of {images} images were left when all decoders were there; take more")
     for job in jobs:
-        while not (ended := await client.job(job.request_id)).state.terminal:
-            await asyncio.sleep(0.1)
+        await until(partial(terminal, client, job.request_id))
+        ended = await client.job(job.request_id)
         assert (ended.state, ended.num_finished) == (JobState.IMAGES, PER_REQUEST)
     await asyncio.gather(*map(deployment.remove, names))
     return rate
 
 
-async def undecoded(client: AsyncClient) -> int:
-    return sum(queue.images for queue in (await client.status()).queues if queue.place == "decode")
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    while not await condition():
+        await asyncio.sleep(0.05)  # noqa: ASYNC110 - it happens in another process
+
+
+async def denoised(client: AsyncClient, images: int) -> bool:
+    """Whether so many images wait for a decoder, and none is anywhere else."""
+    queues = (await client.status()).queues
+    return [(queue.place, queue.images) for queue in queues] == [("decode", images)]
+
+
+async def at_most(client: AsyncClient, images: int) -> bool:
+    return await left(client) <= images
+
+
+async def terminal(client: AsyncClient, request_id: str) -> bool:
+    return (await client.job(request_id)).state.terminal
 
 
 async def left(client: AsyncClient) -> int:

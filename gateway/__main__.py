@@ -43,6 +43,7 @@ async def serve(settings: GatewaySettings) -> None:
         credentials=_credentials(settings),
         on_drain=models.drain,
         on_call=watch.called,
+        health_port=settings.health_port,
     )
     stop = asyncio.Event()
     try:

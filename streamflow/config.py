@@ -173,6 +173,9 @@ class GatewaySettings(ModelSettings, Settings):
     )
     tls_cert: Path | None = Field(None, description="Server certificate chain (PEM)")
     tls_key: Path | None = Field(None, description="Server key (PEM)")
+    health_port: int = Field(
+        0, ge=0, le=65535, description="Port on which health checks alone are answered, without TLS; 0 = none"
+    )
     max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
     max_tenant_jobs: int = Field(0, ge=0, description="Unfinished jobs of one tenant at once; 0 = as many as of all")
     tenant_images_per_minute: float = Field(

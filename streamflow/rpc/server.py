@@ -5,6 +5,7 @@
         await server.run_until_stopped()  # SIGTERM or SIGINT; returns when drained
 
 Health knows two things apart: "" and "liveness" say that the process serves, the services' full names that it is ready.
+It also answers on a port of its own where it is asked to: probes that know neither TLS nor keys use that one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ LIVENESS = ("", "liveness")
 # After the grace period calls are cut; those that end themselves just before it must not be.
 _CUT_AFTER_S = 2.0
 
+# A health check is a name of a service.
+_HEALTH_BYTES = 2**16
+
 _log = get_logger(__name__)
 
 OnDrain = Callable[[float], Awaitable[None]]
@@ -59,6 +63,7 @@ class RpcServer:
         credentials: for TLS; see `server_credentials`.
         on_call: told of every call's method, status and seconds when it is over.
         on_drain: see OnDrain; runs while calls under way go on and new ones are refused.
+        health_port: health alone is answered on this port as well, never encrypted, until all else has ended; 0 = none.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class RpcServer:
         credentials: grpc.ServerCredentials | None = None,
         on_drain: OnDrain | None = None,
         on_call: Callable[[str, str, float], None] | None = None,
+        health_port: int = 0,
     ) -> None:
         self._settings = settings
         self._names = [service.name for service in services]
@@ -85,6 +91,10 @@ class RpcServer:
         for service in services:
             service.add(service.servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._health_port = health_port
+        # A server of its own, since every port of a server answers all of its services.
+        self._health_server = grpc.aio.server(interceptors=[RequestParser()], options=_options(_HEALTH_BYTES))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
         if settings.reflection:
             reflection.enable_server_reflection(
                 [*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server
@@ -104,16 +114,21 @@ class RpcServer:
         await self._health.set(LIVENESS, True)
         await self.set_ready(False)
         await self._server.start()
+        await self._health_server.start()
         _log.info("serving", address=self.address, services=self._names, tls=self._credentials is not None)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            await self.drain()
-        else:
-            await self._server.stop(0)
+        try:
+            if error is None:
+                await self.drain()
+            else:
+                await self._server.stop(0)
+        finally:
+            # Last: a process that drains is alive, and whoever asks should hear it.
+            await self._health_server.stop(0)
 
     async def set_ready(self, ready: bool) -> None:
         """Says whether calls of the services can be answered now; never true again after the drain began."""
@@ -155,24 +170,30 @@ class RpcServer:
         _log.info("stopped", address=self.address)
 
     def _bind(self) -> int:
-        host = self._settings.host
-        try:
-            port = self._settings.port or free_port(host)
-            for address in local_addresses(host):
-                self._listen(join(address, port))
-        except (OSError, RuntimeError) as error:
-            reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
-            raise UnavailableError(
-                f"cannot listen on {join(host, self._settings.port)}{reason}: "
-                "choose another host or port (port 0 takes a free one)"
-            ) from error
+        host, credentials = self._settings.host, self._credentials
+        port = _listen(self._server, host, self._settings.port, credentials, hint="port 0 takes a free one")
+        if self._health_port:
+            _listen(self._health_server, host, self._health_port, None, hint="health port 0 is none")
         return port
 
-    def _listen(self, address: str) -> None:
-        if self._credentials is None:
-            self._server.add_insecure_port(address)
-        else:
-            self._server.add_secure_port(address, self._credentials)
+
+def _listen(
+    server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None, *, hint: str
+) -> int:
+    """Takes the port on every address of `host`, and returns it: a free one for 0."""
+    try:
+        taken = port or free_port(host)
+        for address in local_addresses(host):
+            if credentials is None:
+                server.add_insecure_port(join(address, taken))
+            else:
+                server.add_secure_port(join(address, taken), credentials)
+    except (OSError, RuntimeError) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+        raise UnavailableError(
+            f"cannot listen on {join(host, port)}{reason}: choose another host or port ({hint})"
+        ) from error
+    return taken
 
 
 def server_credentials(cert: bytes, key: bytes) -> grpc.ServerCredentials:

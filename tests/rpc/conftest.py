@@ -65,12 +65,18 @@ def serve(servicer: Answering) -> Serve:
         credentials: Any = None,
         on_drain: Any = None,
         root_ca: bytes | None = None,
+        health_port: int = 0,
         **settings: Any,
     ) -> AsyncIterator[tuple[RpcServer, grpc.aio.Channel]]:
         values = {"host": "localhost", "port": 0, "drain_grace_s": 5.0, **settings}
         service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
         server = RpcServer(
-            Settings(**values), services=[service], keys=keys, credentials=credentials, on_drain=on_drain
+            Settings(**values),
+            services=[service],
+            keys=keys,
+            credentials=credentials,
+            on_drain=on_drain,
+            health_port=health_port,
         )
         async with server, open_aio_channel(Target(server.address, root_ca=root_ca)) as channel:
             yield server, channel

@@ -16,9 +16,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from streamflow.config import Settings
 from streamflow.errors import InvalidRequestError, UnauthenticatedError, UnavailableError
+from streamflow.ports import free_port
 from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel, open_channel
 from streamflow.rpc.errors import from_rpc_error
+from streamflow.rpc.probe import is_ready
 from streamflow.rpc.server import RpcServer, server_credentials
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
@@ -218,6 +220,52 @@ async def test_tls(serve):
         async with open_aio_channel(Target(server.address, root_ca=trustme.CA().cert_pem.bytes())) as stranger:
             with pytest.raises(UnavailableError):
                 await get_job(stranger)
+
+
+async def test_probes_need_no_tls_on_a_port_that_answers_nothing_else(serve):
+    authority = trustme.CA()
+    certificate = authority.issue_cert("localhost")
+    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
+    encrypted = {
+        "credentials": server_credentials(chain, certificate.private_key_pem.bytes()),
+        "root_ca": authority.cert_pem.bytes(),
+    }
+    port = free_port("localhost")
+    async with serve(**encrypted, keys=KEYS, health_port=port) as (server, _):
+        await server.set_ready(True)
+        assert not await asyncio.to_thread(is_ready, server.address, NAME)
+        assert await asyncio.to_thread(is_ready, f"localhost:{port}", NAME)
+        async with open_aio_channel(Target(f"localhost:{port}")) as plain:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await plain.unary_unary(f"/{NAME}/GetJob")(b"", metadata=key_metadata("key-one"))
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_server_that_drains_still_tells_probes_that_it_lives(serve, servicer):
+    port = free_port("localhost")
+    async with open_aio_channel(Target(f"localhost:{port}")) as probe:
+        async with serve(health_port=port) as (server, channel):
+            await server.set_ready(True)
+            events = aiter(gateway_pb2_grpc.GatewayStub(channel).Generate(types_pb2.GenerateRequest()))
+            await anext(events)
+            ready = aiter(health_pb2_grpc.HealthStub(probe).Watch(health_pb2.HealthCheckRequest(service=NAME)))
+            assert (await anext(ready)).status == SERVING
+            draining = asyncio.create_task(server.drain())
+            assert (await anext(ready)).status == NOT_SERVING
+            assert await health(probe, "liveness") == SERVING
+            servicer.release.set()
+            await draining
+            assert [event async for event in events] == []
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await health(probe, "liveness")
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_health_port_that_is_taken_is_reported(serve):
+    async with serve() as (server, _):
+        with pytest.raises(UnavailableError, match=f"{server.port}.*health port 0 is none"):
+            async with serve(health_port=server.port):
+                pass
 
 
 PROCESS = """
