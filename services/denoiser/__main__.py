@@ -15,7 +15,7 @@ def main() -> None:
     from services.denoiser.handler import DenoiseHandler
     from services.denoiser.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_stage
+    from streamflow.host.process import StageService, run_process
     from streamflow.stages.denoiser import DenoiserStage
     from streamflow.transport.base import Transport
     from streamflow.types import Stage
@@ -37,7 +37,7 @@ def main() -> None:
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
         return DenoiseHandler(stage, transport)
 
-    run_stage(
+    run_process(
         StageService(Stage.DENOISE, load=load, handler=handler, servicer=service, suspend=DenoiseHandler.suspend),
         settings,
     )

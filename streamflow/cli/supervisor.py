@@ -17,17 +17,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from streamflow.cli.model_settings import folder_of, settings_by_model
 from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import EngineSettings, child_environment
+from streamflow.config import EngineSettings, GatewaySettings, ModelSettings, child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError
-from streamflow.families.source import default_name
+from streamflow.families import describe
+from streamflow.families.source import checkpoint_from, default_name
 from streamflow.model_names import write_models
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
+from streamflow.types import ModelCard
 
 SERVICES: Mapping[str, str] = {
     "gateway": "streamflow.v1.Gateway",
@@ -113,6 +115,7 @@ class LocalDeployment:
         makes_engines = self._settings.get("make_engines", EngineSettings().make_engines)
         self._ready_timeout_s = ready_timeout_s or (7200.0 if makes_engines else 180.0)
         self._grace_s = grace_s
+        self._cards: list[ModelCard] = []
         self._processes: dict[str, Supervised] = {}
         self._addresses: dict[str, str] = {}
         self._numbers = Counter[tuple[str, str]]()
@@ -135,6 +138,11 @@ class LocalDeployment:
         Those of a further model have its name in front, as in `shapes-encoder-1`.
         """
         return self._addresses
+
+    @property
+    def cards(self) -> Sequence[ModelCard]:
+        """What the models offer, the default one first; known once the deployment is entered."""
+        return self._cards
 
     @property
     def models(self) -> Sequence[str]:
@@ -161,6 +169,7 @@ class LocalDeployment:
             self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
             self._stack.push_async_callback(self._stop)
             self._check_settings()
+            self._cards = await asyncio.to_thread(self._describe)
             if self._redis_url is None:
                 await self._start_redis()
             else:
@@ -244,6 +253,12 @@ class LocalDeployment:
             given = join(self._host, self._port)
             hint = f"{error.strerror}; choose another one with --port"
             raise InvalidRequestError("port", given, "a free port of this machine", hint) from error
+
+    def _describe(self) -> list[ModelCard]:
+        """What would otherwise be found out by every process; and hashes of weights are computed once, for all."""
+        known = {**ModelSettings.model_fields, "more_models": None}
+        of_models: dict[str, Any] = {name: value for name, value in self._settings.items() if name in known}
+        return [describe(checkpoint_from(own)) for own in GatewaySettings(**of_models).each()]
 
     async def _start_redis(self) -> None:
         from streamflow.cli.redis import RedisProgram, answers
