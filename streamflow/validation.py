@@ -139,6 +139,9 @@ def check_subjects(
 
 def check_true_cfg_scale(card: ModelCard, true_cfg_scale: float | None, negative_prompt: str) -> None:
     """Guidance with a negative prompt, of models that are fed guidance_scale."""
+    if card.embedded_guidance and negative_prompt and not (true_cfg_scale or 0) > 1:
+        allowed = f"none, or one with true_cfg_scale above 1: {card.name} is fed guidance_scale, which knows no prompt"
+        raise InvalidRequestError("negative_prompt", negative_prompt, allowed)
     if true_cfg_scale is None:
         return
     if not card.embedded_guidance:

@@ -15,7 +15,7 @@ def main() -> None:
     from services.decoder.handler import DecodeHandler
     from services.decoder.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_stage
+    from streamflow.host.process import StageService, run_process
     from streamflow.stages.decoder import DEFAULT_SLOTS, DecoderStage
     from streamflow.transport.base import Transport
     from streamflow.transport.worker import StageWorker
@@ -42,7 +42,7 @@ def main() -> None:
     async def previews(handler: DecodeHandler, worker: StageWorker) -> None:
         await handler.show_previews(idle=lambda: worker.in_hand == 0)
 
-    run_stage(StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews), settings)
+    run_process(StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews), settings)
 
 
 if __name__ == "__main__":

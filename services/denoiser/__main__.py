@@ -16,7 +16,7 @@ def main() -> None:
     from services.denoiser.metrics import watch_ticks
     from services.denoiser.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_stage
+    from streamflow.host.process import StageService, run_process
     from streamflow.stages.denoiser import DenoiserStage
     from streamflow.transport.base import Transport
     from streamflow.types import Stage
@@ -38,7 +38,7 @@ def main() -> None:
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
         return DenoiseHandler(stage, transport)
 
-    run_stage(
+    run_process(
         StageService(
             Stage.DENOISE,
             load=load,

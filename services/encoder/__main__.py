@@ -15,7 +15,7 @@ def main() -> None:
     from services.encoder.handler import EncodeHandler
     from services.encoder.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_stage
+    from streamflow.host.process import StageService, run_process
     from streamflow.stages.encoder import DEFAULT_SLOTS, EncoderStage
     from streamflow.transport.base import Transport
     from streamflow.types import Stage
@@ -37,7 +37,7 @@ def main() -> None:
     def handler(stage: EncoderStage, transport: Transport, settings: StageSettings) -> EncodeHandler:
         return EncodeHandler(stage, transport, cache_s=settings.prompt_cache_s)
 
-    run_stage(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), settings)
+    run_process(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), settings)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,14 @@ def cost_of(part: Part, runner: Runner, counts: Sequence[int], *, budget_s: floa
     return fit(measure(call, counts, budget_s=budget_s))
 
 
-def remembered(path: Path | None, key: str, measured: Callable[[], Sequence[float]], *, count: int) -> list[float]:
+def remembered(
+    path: Path | None,
+    key: str,
+    measured: Callable[[], Sequence[float]],
+    *,
+    count: int,
+    stale: Callable[[Sequence[float]], bool] = lambda figures: False,
+) -> list[float]:
     """What was measured before on this machine, or is now and written down for the next time.
 
     Of several processes one measures at a time: they would measure each other.
@@ -128,6 +135,7 @@ def remembered(path: Path | None, key: str, measured: Callable[[], Sequence[floa
         path: a JSON file; None = measured every time.
         key: all that the figures depend on.
         count: of figures.
+        stale: whether what was remembered is to be measured again.
     """
     if path is None:
         return list(measured())
@@ -136,7 +144,7 @@ def remembered(path: Path | None, key: str, measured: Callable[[], Sequence[floa
             path.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(path.with_suffix(".lock")))
         known = _read(path)
-        if len(known.get(key, ())) != count:
+        if len(known.get(key, ())) != count or stale(known[key]):
             known[key] = list(measured())
             _write(path, known)
     return known[key]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -134,7 +136,12 @@ def make(
 
     subjects = len(prompts) or len(options.get("class_labels", ()))
     paths = choose_names(output, options, count=subjects * options["num_images"], overwrite=overwrite)
-    with connect() as client, show_progress(paths) as on_event, _cancelled_when_left(client, options):
+    with (
+        _terminated_as_interrupted(),
+        connect() as client,
+        show_progress(paths) as on_event,
+        _cancelled_when_left(client, options),
+    ):
         result = client.generate(prompts, on_event=on_event, **options)
     write_files(result.files, paths)
     for warning in result.warnings:
@@ -144,6 +151,19 @@ def make(
     else:
         for path, info in zip(paths, result.infos, strict=True):
             typer.echo(f"{path}  (seed {info.seed}{_chosen(info) if options.get('time_budget_s') else ''})")
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM is what Ctrl-C is, so that it cancels the job as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -17,17 +17,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from streamflow.cli.model_settings import folder_of, settings_by_model
 from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import EngineSettings, Settings, child_environment
+from streamflow.config import EngineSettings, GatewaySettings, ModelSettings, Settings, child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError
-from streamflow.families.source import default_name
+from streamflow.families import describe
+from streamflow.families.source import checkpoint_from, default_name
 from streamflow.model_names import write_models
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
+from streamflow.types import ModelCard
 
 SERVICES: Mapping[str, str] = {
     "gateway": "streamflow.v1.Gateway",
@@ -115,6 +117,7 @@ class LocalDeployment:
         self._grace_s = grace_s
         wanted = self._settings.get("metrics_port", Settings().metrics_port)
         self._metrics_port = None if wanted is None else int(str(wanted))
+        self._cards: list[ModelCard] = []
         self._processes: dict[str, Supervised] = {}
         self._addresses: dict[str, str] = {}
         self._metrics: dict[str, str] = {}
@@ -148,6 +151,11 @@ class LocalDeployment:
         return self._metrics
 
     @property
+    def cards(self) -> Sequence[ModelCard]:
+        """What the models offer, the default one first; known once the deployment is entered."""
+        return self._cards
+
+    @property
     def models(self) -> Sequence[str]:
         """Names of what is served, the default one first."""
         return list(self._models)
@@ -172,6 +180,7 @@ class LocalDeployment:
             self._tasks = await self._stack.enter_async_context(asyncio.TaskGroup())
             self._stack.push_async_callback(self._stop)
             self._check_settings()
+            self._cards = await asyncio.to_thread(self._describe)
             if self._redis_url is None:
                 await self._start_redis()
             else:
@@ -256,6 +265,12 @@ class LocalDeployment:
             given = join(self._host, self._port)
             hint = f"{error.strerror}; choose another one with --port"
             raise InvalidRequestError("port", given, "a free port of this machine", hint) from error
+
+    def _describe(self) -> list[ModelCard]:
+        """What would otherwise be found out by every process; and hashes of weights are computed once, for all."""
+        known = {**ModelSettings.model_fields, "more_models": None}
+        of_models: dict[str, Any] = {name: value for name, value in self._settings.items() if name in known}
+        return [describe(checkpoint_from(own)) for own in GatewaySettings(**of_models).each()]
 
     async def _start_redis(self) -> None:
         from streamflow.cli.redis import RedisProgram, answers

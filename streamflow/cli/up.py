@@ -141,8 +141,9 @@ def _print_table(deployment: LocalDeployment) -> None:
     console = Console()
     console.print(table)
     where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"
-    command = f'streamflow generate "a large red circle on a white background" -o circle.png{where}'
-    console.print(f"Try: {command}", soft_wrap=True, highlight=False)
+    card = deployment.cards[0]
+    what = "--class-label 0" if card.class_labels else '"a large red circle on a white background"'
+    console.print(f"Try: streamflow generate {what} -o picture.png{where}", soft_wrap=True, highlight=False)
 
 
 def _print_line(name: str, line: str) -> None:

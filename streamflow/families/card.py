@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from streamflow.errors import InvalidRequestError
+from streamflow.families.advice import ADVICE
 from streamflow.families.autoencoders import decoder_kinds, latent_factor
 from streamflow.families.checkpoint import Checkpoint
 from streamflow.families.flows import RECTIFIED, Usage
+from streamflow.flow.guidance import Guidance
 from streamflow.flow.samplers import served
 from streamflow.flow.spec import FlowSpec
 from streamflow.types import DecoderKind, ModelCard
+from streamflow.validation import check_sampling
 
 MAX_STEPS = 100
 LARGER_THAN_USUAL = 4
@@ -54,7 +59,7 @@ def make_card(
         "controls": tuple(sorted(checkpoint.controls)),
         **more,
     }
-    return ModelCard(
+    card = ModelCard(
         name=checkpoint.name,
         family=family,
         revision=checkpoint.revision(weights),
@@ -74,3 +79,29 @@ def make_card(
         flow=flow,
         **fields,
     )
+    if advice:
+        _check_defaults(card, checkpoint.folder / ADVICE)
+    return card
+
+
+def _check_defaults(card: ModelCard, file: Path) -> None:
+    """Whether a request that says nothing can run with what a file recommends. Raises InvalidRequestError."""
+    for name, most, default in (
+        ("max_steps", card.max_steps, card.default_steps),
+        ("max_width", card.max_width, card.default_width),
+        ("max_height", card.max_height, card.default_height),
+    ):
+        if most < default:
+            raise InvalidRequestError(f"{file}: {name}", most, f"{default} or more, which is the default")
+    size_px, guidance = (card.default_width, card.default_height), Guidance(card.default_guidance_scale)
+    try:
+        check_sampling(
+            card,
+            sampler=card.default_sampler,
+            steps=card.default_steps,
+            guidance=guidance,
+            strength=None,
+            size_px=size_px,
+        )
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{file}: default_{error.field}", error.given, error.allowed, error.hint) from error

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from streamflow.errors import InvalidRequestError
+from streamflow.families.advice import read_advice
+from streamflow.families.files import digest_of, loaded_files, read_json
 
-RECOMMENDED = "streamflow.json"
-"""Optional file of a checkpoint with what its configs do not hold: recommended steps, guidance, limits, its flow."""
-
-_TEXTS = {".json", ".txt", ".model"}
 _OF_TENSORS = ("t5_tokens", "evaluates_data", "default_size", "max_width", "max_height")
 """Recommendations that change what networks are made of or fed."""
 
@@ -63,8 +58,8 @@ class Checkpoint:
 
     @cached_property
     def recommended(self) -> Mapping[str, Any]:
-        """The settings in `streamflow.json`; empty without that file."""
-        return read_json(self.folder, RECOMMENDED) if (self.folder / RECOMMENDED).exists() else {}
+        """What `streamflow.json` says; empty without that file. Raises InvalidRequestError."""
+        return read_advice(self.folder)
 
     def config(self, part: str) -> Mapping[str, Any]:
         """Of a network of the checkpoint. Raises InvalidRequestError."""
@@ -96,7 +91,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for name, path in self._files(parts):
-            digest.update(name.encode() + b"\0" + bytes.fromhex(self._digest(path)))
+            digest.update(name.encode() + b"\0" + bytes.fromhex(digest_of(path, self.digests)))
         said = {name: self.recommended[name] for name in _OF_TENSORS if name in self.recommended}
         digest.update(flow.encode() + (json.dumps(said, sort_keys=True).encode() if said else b""))
         return digest.hexdigest()[:16]
@@ -111,7 +106,7 @@ class Checkpoint:
         for kind, name, path in added:
             for file in loaded_files(path):
                 about = f"{kind}\0{name}\0{'' if file == path else file.relative_to(path).as_posix()}\0"
-                digest.update(about.encode() + bytes.fromhex(self._digest(file)))
+                digest.update(about.encode() + bytes.fromhex(digest_of(file, self.digests)))
         return digest.hexdigest()[:16]
 
     def _files(self, parts: Iterable[str]) -> Iterator[tuple[str, Path]]:
@@ -122,99 +117,3 @@ class Checkpoint:
         if self.unet_delta is not None:
             for path in loaded_files(self.unet_delta):
                 yield "unet_delta", path
-
-    def _digest(self, path: Path) -> str:
-        """SHA-256 of a file, remembered until its size or time changes."""
-        about = path.stat()
-        key = f"{path.resolve()} {about.st_size} {about.st_mtime_ns}"
-        if key not in _DIGESTS:
-            written = _read_digests(self.digests)
-            _DIGESTS[key] = written.get(key) or _sha256(path)
-            # Small files are read as fast as looked up.
-            if key not in written and about.st_size > 2**20:
-                _write_digests(self.digests, {**written, key: _DIGESTS[key]})
-        return _DIGESTS[key]
-
-
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in `folder / name`.
-
-    Raises:
-        InvalidRequestError: it is missing or broken; the message names the part.
-    """
-    path = folder / name
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise InvalidRequestError("model", folder, f"a checkpoint folder in diffusers layout, with {name}") from error
-    except (OSError, ValueError) as error:
-        raise InvalidRequestError("model", path, "a readable JSON file", str(error)) from error
-    if not isinstance(value, dict):
-        raise InvalidRequestError("model", path, "a JSON object")
-    return value
-
-
-def loaded_files(path: Path) -> list[Path]:
-    """What is read of a part: its configs, its vocabulary, and its weights in the one form that is loaded.
-
-    Other tools put the same weights into the same folder in other forms; they change nothing here.
-    """
-    if path.is_file():
-        return [path]
-    texts = [one for one in path.rglob("*") if one.suffix in _TEXTS and one.is_file()]
-    return sorted([*texts, *(weight_files(path) or pickles(path))])
-
-
-def weight_files(part: Path) -> list[Path]:
-    """The safetensors files from which a part is loaded: all shards, or the one file; empty where there are none.
-
-    Raises:
-        InvalidRequestError: a shard is missing.
-    """
-    found = sorted(part.glob("*.safetensors"))
-    # Variants, such as those in half precision, stand beside the others.
-    plain = [path for path in found if path.name.count(".") == 1]
-    indices = sorted(part.glob("*.safetensors.index*.json"), key=lambda path: path.name.count("."))
-    for index in indices[:1]:
-        try:
-            shards = sorted(map(str, set(json.loads(index.read_text("utf-8"))["weight_map"].values())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidRequestError("model", index, "a readable index of weights", str(error)) from error
-        missing = [name for name in shards if not (part / name).is_file()]
-        if missing:
-            raise InvalidRequestError("model", part, f"a part with all its weights; missing: {missing[0]}")
-        return [part / name for name in shards]
-    return plain or found[:1]
-
-
-def pickles(part: Path) -> list[Path]:
-    """Weights in formats that can run code."""
-    return sorted(path for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in part.glob(pattern))
-
-
-_DIGESTS: dict[str, str] = {}
-"""Of the files that this process has looked at, by path, size and time."""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _read_digests(path: Path | None) -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        said = {} if path is None else json.loads(path.read_text("utf-8"))
-        if isinstance(said, dict):
-            return {str(key): str(value) for key, value in said.items()}
-    return {}
-
-
-def _write_digests(path: Path | None, known: Mapping[str, str]) -> None:
-    """Atomic. Of two processes that write at once one is forgotten, and computed again."""
-    if path is None:
-        return
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = path.with_name(f"{path.name}.{os.getpid()}")
-        made.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
-        os.replace(made, path)

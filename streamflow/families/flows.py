@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamflow.errors import InvalidRequestError
-from streamflow.families.checkpoint import Checkpoint, read_json
+from streamflow.families.advice import ADVICE, FLOWS
+from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.files import read_json
 from streamflow.flow.schedules import DynamicShift, ScheduleSpec
 from streamflow.flow.spec import FlowSpec, WindowPrediction, WindowSpec
 
 AUTO, RECTIFIED, INSTAFLOW, TWO_RF, PERFLOW = "auto", "rectified", "instaflow", "2rf", "perflow"
-FLOWS = (AUTO, RECTIFIED, INSTAFLOW, TWO_RF, PERFLOW)
-"""Values of the setting `flow`."""
-
 _FLOW_MATCHING = "FlowMatchEulerDiscreteScheduler"
 _PERFLOW_SCHEDULER = "PeRFlowScheduler"
 # Options of the flow-matching scheduler that change its sigmas in ways that are not built here.
@@ -66,15 +65,14 @@ def flow_name(checkpoint: Checkpoint) -> str:
     scheduler = scheduler_config(checkpoint).get("_class_name")
     told = {_FLOW_MATCHING: RECTIFIED, _PERFLOW_SCHEDULER: PERFLOW}.get(str(scheduler))
     if told is None and said == AUTO:
-        raise InvalidRequestError(
-            "flow",
-            f"{AUTO} with the scheduler {scheduler}",
-            ", ".join(FLOWS[1:]),
-            "the scheduler does not tell what the weights were distilled to: set --flow (STREAMFLOW_FLOW); "
-            "plain diffusion models, which were distilled to none of these, are not served",
+        hint = (
+            f"its scheduler, {scheduler}, does not tell what the weights were distilled to: write "
+            f'{{"flow": "perflow"}} into {checkpoint.folder / ADVICE}, or set --flow (STREAMFLOW_FLOW) where it is the '
+            "first or only model; plain diffusion models, which were distilled to none of these, are not served"
         )
+        raise InvalidRequestError("flow", f"none for {checkpoint.folder}", ", ".join(FLOWS[1:]), hint)
     if told is not None and said not in (AUTO, told):
-        raise InvalidRequestError("flow", f"{said} with the scheduler {scheduler}", f"{told} or {AUTO}")
+        raise InvalidRequestError("flow", said, f"{told} or {AUTO}, because of the scheduler {scheduler}")
     return told or str(said)
 
 
@@ -107,9 +105,10 @@ def flow_matching(checkpoint: Checkpoint, *, pipeline_sigmas: bool) -> FlowSpec:
             the spacing to it (SD3).
     """
     config = scheduler_config(checkpoint)
-    if config.get("_class_name") != _FLOW_MATCHING or checkpoint.flow not in (AUTO, RECTIFIED):
-        given = f"{config.get('_class_name')}, flow {checkpoint.flow}"
-        raise InvalidRequestError("model", given, f"the scheduler {_FLOW_MATCHING}, flow {AUTO} or {RECTIFIED}")
+    if config.get("_class_name") != _FLOW_MATCHING:
+        given = f"{checkpoint.folder} with the scheduler {config.get('_class_name')}"
+        raise InvalidRequestError("model", given, f"the scheduler {_FLOW_MATCHING}")
+    flow_name(checkpoint)
     dynamic = config.get("use_dynamic_shifting", False)
     schedule = ScheduleSpec(
         shift=_dynamic_shift(config) if dynamic else _static_shift(config),

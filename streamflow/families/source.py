@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from streamflow.config import ModelSettings
-from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
+from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError, shorten
 from streamflow.families import published_tiny
-from streamflow.families.checkpoint import RECOMMENDED, Checkpoint
+from streamflow.families.advice import ADVICE
+from streamflow.families.checkpoint import Checkpoint
 from streamflow.families.flows import AUTO, check_flow
 
 DIGESTS = "digests.json"
@@ -164,8 +165,11 @@ def _hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         hint = "there is no such folder here, and no such model or revision there (a private one needs HF_TOKEN)"
         raise InvalidRequestError("model", name, allowed, hint) from error
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        message = f"model: there is no folder {name} here, and it cannot be had from the hub: {reason}"
+        reason = shorten(" ".join(str(error).split()))
+        message = (
+            f"model: there is no folder {name} here, and the Hugging Face hub cannot be asked for that name; "
+            f"give the folder of a checkpoint, or download it where there is a network ({reason})"
+        )
         raise UnavailableError(message) from error
 
 
@@ -181,7 +185,7 @@ def _inside(folder: Path, field: str, said: object) -> Path:
     # Not resolved: the hub's own files are links to where it keeps them.
     path = Path(os.path.normpath(folder / said)) if isinstance(said, str) else None
     if path is None or not path.is_relative_to(os.path.normpath(folder)):
-        raise InvalidRequestError(f"{RECOMMENDED}: {field}", said, "a path in the checkpoint's folder")
+        raise InvalidRequestError(f"{ADVICE}: {field}", said, "a path in the checkpoint's folder")
     return path
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from streamflow.errors import InvalidRequestError
 from streamflow.families.adapters import KEPT, TEXT_ENCODERS, Adapted, AdapterFiles, torch_runner
-from streamflow.families.checkpoint import Checkpoint, read_json
+from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.files import read_json
 from streamflow.families.libraries import Weights, from_transformers, refused
 from streamflow.types import AdapterUse, ModelCard, Tensors
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from streamflow.errors import InvalidRequestError
-from streamflow.families.checkpoint import Checkpoint, pickles, weight_files
+from streamflow.families.checkpoint import Checkpoint
+from streamflow.families.files import pickles, weight_files
 
 _MOST_HEADER_BYTES = 100 * 2**20
 
@@ -48,7 +49,8 @@ def check_parts(checkpoint: Checkpoint, folders: Iterable[str]) -> None:
         path, declared = checkpoint.folder / folder, checkpoint.index.get(folder)
         if isinstance(declared, list) and declared != [None, None] and not path.is_dir():
             allowed = f"a checkpoint with a folder {folder}, which its model_index.json declares"
-            raise InvalidRequestError("model", checkpoint.folder, allowed)
+            hint = f'where the family can do without it, write "{folder}": [null, null] there'
+            raise InvalidRequestError("model", checkpoint.folder, allowed, hint)
         if (path / "config.json").exists():
             part_weights(path, allow_pickle=checkpoint.allow_pickle)
 
@@ -80,7 +82,9 @@ def _refuse_without(part: Path, allow_pickle: bool) -> None:
     if not others:
         raise InvalidRequestError("model", part, "a part with its weights, *.safetensors; there are none")
     if not allow_pickle:
-        hint = "such files can run code: convert them, or allow them where you trust them (--allow-pickle)"
+        hint = (
+            "such files can run code: convert them, or allow them where you trust them (STREAMFLOW_ALLOW_PICKLE=true)"
+        )
         raise InvalidRequestError("model", others[0], "weights as safetensors", hint)
 
 
@@ -91,6 +95,8 @@ def _header(path: Path) -> list[_Tensor]:
         InvalidRequestError: it is not.
     """
     try:
+        if not path.stat().st_size:
+            raise ValueError("it is empty")
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > _MOST_HEADER_BYTES:

@@ -1,7 +1,7 @@
 """A stage as a process: loaded, warmed up, announced, working, and ended in order.
 
     def main() -> None:
-        run_stage(StageService(Stage.DECODE, load=..., handler=..., servicer=...), StageSettings())
+        run_process(StageService(Stage.DECODE, load=..., handler=..., servicer=...), StageSettings())
 
 SIGTERM ends it: not ready, no new work, what is under way finished within the grace period or handed back, exit 0.
 """
@@ -9,11 +9,13 @@ SIGTERM ends it: not ready, no new work, what is under way finished within the g
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -89,6 +91,21 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
     if failed is not None:
         _log.error("cannot run", reason=str(failed))
         raise SystemExit(1) from failed
+
+
+def run_process(service: StageService[S, H], settings: StageSettings) -> NoReturn:
+    """`run_stage`, and then the process ends at once: all of it has been stopped in order.
+
+    The interpreter's own end would abort in a thread that is still inside a network call, and takes longer than a drain
+    to take apart what the libraries loaded.
+    """
+    code = 0
+    try:
+        run_stage(service, settings)
+    except SystemExit:
+        code = 1
+    logging.shutdown()
+    os._exit(code)
 
 
 async def serve(

@@ -17,7 +17,7 @@ from streamflow.errors import UnavailableError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_JOIN_S = 10.0
+_JOIN_S = 2.0
 _LOOK_S = 1.0
 
 _log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from streamflow.types import SlotState
 
 KEPT_TICKS = 4096
 
-_JOIN_S = 10.0
+_JOIN_S = 2.0
 _LOOK_S = 1.0
 
 _LEAVING = "this denoiser is shutting down; call another replica"

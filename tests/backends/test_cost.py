@@ -74,3 +74,13 @@ def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path: Path) -> N
     blocked = tmp_path / "file"
     blocked.touch()
     assert remembered(blocked / "costs.json", "a", lambda: [1.0, 2.0], count=2) == [1.0, 2.0]
+
+
+def test_what_is_stale_is_measured_again(tmp_path: Path) -> None:
+    path, asked = tmp_path / "costs.json", iter(range(9))
+
+    def measured() -> list[float]:
+        return [float(next(asked)), 0.0]
+
+    for stale, expected in ((True, 0.0), (False, 0.0), (True, 1.0), (False, 1.0)):
+        assert remembered(path, "a", measured, count=2, stale=lambda figures, it=stale: it)[0] == expected

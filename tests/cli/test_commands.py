@@ -306,12 +306,13 @@ runpy.run_module("streamflow.cli", run_name="__main__")
 """
 
 
-def test_ctrl_c_cancels_the_job_and_leaves_no_traceback() -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_cancels_the_job_and_leaves_no_traceback(ending: signal.Signals) -> None:
     with Deployment(permits=0) as deployment:
         command = [sys.executable, "-c", WITH_CTRL_C, "generate", "a ring", "--address", deployment.address]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             deployment.wait_for_watcher()
-            process.send_signal(signal.SIGINT)
+            process.send_signal(ending)
             _, errors = process.communicate(timeout=30)
         assert process.returncode != 0
         assert "Traceback" not in errors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -177,6 +178,20 @@ async def test_a_process_that_cannot_start_is_told_with_its_last_words() -> None
             pytest.fail("it must not be entered")
     started = psutil.Process().children(recursive=True)
     assert not [child for child in started if "light_service" in " ".join(child.cmdline())]
+
+
+async def test_a_checkpoint_that_cannot_be_served_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    copy = shutil.copytree(SHAPES, tmp_path / "copy")
+    (copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    for models in ({"model": copy}, {"model": SHAPES, "more_models": {"other": copy}}):
+        lines: list[str] = []
+        deployment = LocalDeployment(**models, commands=LIGHT, on_line=lambda name, line, to=lines: to.append(line))
+        with pytest.raises(
+            InvalidRequestError, match=r"vae.*a whole safetensors file; it is cut or damaged: it is empty"
+        ):
+            async with deployment:
+                pytest.fail("it must not be entered")
+        assert not lines
 
 
 async def test_a_process_that_never_gets_ready_is_given_up() -> None:

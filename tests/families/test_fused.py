@@ -41,6 +41,8 @@ def test_guidance_that_is_fed_to_the_network_and_guidance_with_a_negative_prompt
         assert np.abs(ours.images[0].astype(int) - np.asarray(theirs, dtype=int)).max() <= 1
     with pytest.raises(InvalidRequestError, match=r"true_cfg_scale: got 3.0; allowed: more than 1 only with a negati"):
         pipeline("a red ring", true_cfg_scale=3.0)
+    with pytest.raises(InvalidRequestError, match=r"negative_prompt: got 'blue'; allowed: none, or one with true_cfg"):
+        pipeline("a red ring", negative_prompt="blue")
 
 
 def test_labels_in_place_of_prompts(tmp_path: Path) -> None:
