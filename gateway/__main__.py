@@ -9,13 +9,13 @@ import grpc
 
 from gateway.models import Models, Served
 from gateway.pipeline import DECODERS_AT_ONCE
-from gateway.servicer import GatewayServicer
+from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from
-from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.key_file import KeyFile
 from streamflow.rpc.server import RpcServer, Service, server_credentials
 from streamflow.telemetry import Counters, configure_logging
 from streamflow.transport.base import Limits
@@ -25,21 +25,21 @@ from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
 
 async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
-    keys = ApiKeys.load(settings.api_keys_file)
+    keys = KeyFile(settings.api_keys_file)
     counters = Counters()
     models = _models(settings, counters)
     servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters)
     name = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
     server = RpcServer(
         settings,
-        services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)],
+        services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, FOR_TENANTS)],
         keys=keys,
         credentials=_credentials(settings),
         on_drain=models.drain,
     )
     stop = asyncio.Event()
     try:
-        async with server, asyncio.TaskGroup() as tasks:
+        async with keys, server, asyncio.TaskGroup() as tasks:
             transports = [each.transport for each in models]
             upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
             tasks.create_task(upkeep, name="upkeep")

@@ -15,6 +15,7 @@ from typing import Self
 from gateway.pipeline import JobKey, Pipeline, no_letter
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.rpc.auth import Caller
 from streamflow.telemetry import Counters
 from streamflow.transport.base import DeadLetter, JobPlace, JobView, Transport
 from streamflow.types import ModelCard, Stage
@@ -97,7 +98,7 @@ class Models:
         return self._served[name] if name else self.default
 
     async def submit(
-        self, request: types_pb2.GenerateRequest, *, tenant: str, remaining_s: float | None, detach: bool
+        self, request: types_pb2.GenerateRequest, *, caller: Caller, remaining_s: float | None, detach: bool
     ) -> tuple[Pipeline, JobKey, bool]:
         """Admits a request to its model; true when the same request was there already.
 
@@ -110,9 +111,9 @@ class Models:
             check_request_id(request.request_id)
         served = self.named(request.model)
         if request.request_id:
-            await self._check_free(JobKey(tenant, request.request_id), served)
+            await self._check_free(JobKey(caller.tenant, request.request_id), served)
         pipeline = served.pipeline
-        key, attached = await pipeline.submit(request, tenant=tenant, remaining_s=remaining_s, detach=detach)
+        key, attached = await pipeline.submit(request, caller=caller, remaining_s=remaining_s, detach=detach)
         return pipeline, key, attached
 
     async def having(self, key: JobKey) -> Pipeline:
@@ -130,7 +131,7 @@ class Models:
         found = await asyncio.gather(*(self._letters_of(each, tenant, count) for each in self))
         return list(islice(merge(*found, key=lambda letter: letter.at_s, reverse=True), count))
 
-    async def retry(self, tenant: str, letter_id: str) -> tuple[Pipeline, JobKey]:
+    async def retry(self, caller: Caller, letter_id: str) -> tuple[Pipeline, JobKey]:
         """Admits the job of a dead letter to its model again; see `Pipeline.retry`.
 
         Raises:
@@ -139,8 +140,8 @@ class Models:
         number, _, name = letter_id.partition(".")
         if name and name not in self._served:
             raise no_letter(letter_id)
-        pipeline, key = self.named(name).pipeline, JobKey(tenant, f"retry-{letter_id}")
-        await pipeline.retry(key, number)
+        pipeline, key = self.named(name).pipeline, JobKey(caller.tenant, f"retry-{letter_id}")
+        await pipeline.retry(key, number, quota=caller.quota)
         return pipeline, key
 
     async def drain(self, grace_s: float) -> None:

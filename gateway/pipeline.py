@@ -15,11 +15,12 @@ from gateway.story import Story
 from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.rpc.auth import Caller
 from streamflow.rpc.convert import texts_from_pb
 from streamflow.telemetry import Counters, fingerprint, get_logger
 from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport
 from streamflow.transport.policy import HEADROOM
-from streamflow.types import ModelCard
+from streamflow.types import NO_QUOTA, ModelCard, Quota
 from streamflow.v1 import gateway_pb2, types_pb2
 
 # The job is read at least so often, whatever is published: notifications are lossy.
@@ -88,7 +89,7 @@ class Pipeline:
         self._stopping = True
 
     async def submit(
-        self, request: types_pb2.GenerateRequest, *, tenant: str, remaining_s: float | None, detach: bool
+        self, request: types_pb2.GenerateRequest, *, caller: Caller, remaining_s: float | None, detach: bool
     ) -> tuple[JobKey, bool]:
         """Validates and admits; true when the same request was there already.
 
@@ -101,14 +102,21 @@ class Pipeline:
             remaining_s = min(
                 request.time_budget_s, self._settings.max_timeout_s if remaining_s is None else remaining_s
             )
-        request = await self._within_budget(request)
+        request = await self._within_budget(request, caller.quota)
         seed, request_id = secrets.randbits(64), secrets.token_hex(16)
-        filled = admission.fill_in(request, card=self._card, settings=self._settings, request_id=request_id, seed=seed)
+        filled = admission.fill_in(
+            request,
+            card=self._card,
+            settings=self._settings,
+            quota=caller.quota,
+            request_id=request_id,
+            seed=seed,
+        )
         timeout_s = admission.timeout_s(remaining_s, self._settings)
-        key = JobKey(tenant, filled.request_id)
-        spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
+        key = JobKey(caller.tenant, filled.request_id)
+        spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=key.tenant)
         stored = await self._store_images(request, spec)
-        new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach)
+        new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach, quota=caller.quota)
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
@@ -119,7 +127,7 @@ class Pipeline:
     async def dead_letters(self, tenant: str, *, count: int) -> list[DeadLetter]:
         return await self._transport.dead_letters(tenant=tenant, count=count)
 
-    async def retry(self, key: JobKey, letter_id: str) -> None:
+    async def retry(self, key: JobKey, letter_id: str, *, quota: Quota = NO_QUOTA) -> None:
         """Admits the job of a dead letter again, as the job `key`; safe to repeat.
 
         Raises:
@@ -144,7 +152,8 @@ class Pipeline:
                 raise InvalidRequestError("id", letter_id, "a letter whose images are still stored", hint)
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S)
         spec.request.request_id = key.request_id
-        await self._admit(self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True), key)
+        new = self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True, quota=quota)
+        await self._admit(new, key)
         await self._transport.remove_dead_letter(letter_id)
 
     async def _was_retried(self, key: JobKey, letter_id: str) -> None:
@@ -153,7 +162,9 @@ class Pipeline:
         except NotFoundError as error:
             raise no_letter(letter_id) from error
 
-    def _new_job(self, key: JobKey, spec: types_pb2.JobSpec, *, digest: str, timeout_s: float, detach: bool) -> NewJob:
+    def _new_job(
+        self, key: JobKey, spec: types_pb2.JobSpec, *, digest: str, timeout_s: float, detach: bool, quota: Quota
+    ) -> NewJob:
         request = spec.request
         return NewJob(
             id=key.job_id,
@@ -167,6 +178,7 @@ class Pipeline:
             reserved_bytes=admission.reserved_bytes(request),
             watch_lease_s=None if detach else self._settings.watch_lease_s,
             nonce=secrets.token_hex(8),
+            quota=quota,
         )
 
     async def _admit(self, new: NewJob, key: JobKey) -> bool:
@@ -183,7 +195,7 @@ class Pipeline:
         self._counters.add("attached_total" if attached else "admitted_total")
         return attached
 
-    async def _within_budget(self, request: types_pb2.GenerateRequest) -> types_pb2.GenerateRequest:
+    async def _within_budget(self, request: types_pb2.GenerateRequest, quota: Quota) -> types_pb2.GenerateRequest:
         """The request itself, or with what was chosen for its time budget."""
         if not request.HasField("time_budget_s"):
             return request
@@ -191,7 +203,7 @@ class Pipeline:
         found = choices(request, self._card)
         # The one with the most steps can run if any can: a strength may leave the others without a step.
         most = found[-1].apply(request, None)
-        admission.check(most, card=self._card, settings=self._settings)
+        admission.check(most, card=self._card, settings=self._settings, quota=quota)
         works = {choice: admission.work_if_it_runs(choice.apply(request, None), self._card) for choice in found}
         runnable = {choice: work for choice, work in works.items() if work is not None}
         expected_s = await self._transport.expected_s([*runnable.values()], num_images=admission.num_images(request))

@@ -17,7 +17,7 @@ from gateway.story import Collected, job_to_pb, letter_to_pb
 from streamflow.config import GatewaySettings
 from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.rpc import convert
-from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.auth import Caller, Keys
 from streamflow.rpc.errors import rpc_errors
 from streamflow.telemetry import Counters
 from streamflow.transport.base import JobPlace, JobView
@@ -25,6 +25,22 @@ from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from streamflow.validation import check_request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+FOR_TENANTS = frozenset(
+    {
+        "Generate",
+        "GenerateImages",
+        "Submit",
+        "GetJob",
+        "Watch",
+        "Cancel",
+        "ListJobs",
+        "ListModels",
+        "ListDeadLetters",
+        "RetryDeadLetter",
+    }
+)
+"""What a tenant's key opens: calls that tell it of nobody else. Status counts the work of all tenants."""
 
 REQUEST_ID_KEY = "streamflow-request-id"
 MAX_PAGE_SIZE = 1000
@@ -41,7 +57,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     Args:
         models: what is served.
-        keys: tell the tenant of a call.
+        keys: tell whose call it is.
         clock: seconds since 1970.
     """
 
@@ -50,7 +66,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         models: Models,
         *,
         settings: GatewaySettings,
-        keys: ApiKeys,
+        keys: Keys,
         counters: Counters,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -127,7 +143,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         async with rpc_errors(context):
             if not _LETTER_ID.fullmatch(request.id):
                 raise InvalidRequestError("id", request.id, "the id of a dead letter, such as 1700000000000-0")
-            pipeline, key = await self._models.retry(self._tenant(context), request.id)
+            pipeline, key = await self._models.retry(self._caller(context), request.id)
             return job_to_pb(key.request_id, await pipeline.job(key))
 
     async def ListModels(
@@ -156,7 +172,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     ) -> tuple[Pipeline, JobKey, bool]:
         pipeline, key, attached = await self._models.submit(
             request,
-            tenant=self._tenant(context),
+            caller=self._caller(context),
             remaining_s=context.time_remaining(),
             detach=detach or request.detach,
         )
@@ -170,7 +186,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return await self._models.having(key), key
 
     def _tenant(self, context: Context) -> str:
-        return self._keys.tenant(context.invocation_metadata())
+        return self._caller(context).tenant
+
+    def _caller(self, context: Context) -> Caller:
+        return self._keys.caller(context.invocation_metadata())
 
 
 async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached: bool) -> None:

@@ -57,6 +57,11 @@ class Settings(NameSettings):
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of log lines")
     log_format: Literal["json", "text"] = Field("json", description="One JSON object a line, or text for people")
+    api_keys_file: Path | None = Field(
+        None,
+        description="API keys, as `streamflow keys create` makes them; none = no keys are asked for. Any key opens the "
+        "gateway, and an operator's the stages as well; the file is read again when it changes",
+    )
     reflection: bool = Field(False, description="Answer gRPC server reflection")
     max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
     drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")
@@ -156,9 +161,6 @@ class GatewaySettings(ModelSettings, Settings):
         description="Further models as NAME=PATH, with commas between them; the stages of each are those of the "
         "deployment DEPLOYMENT-NAME",
     )
-    api_keys_file: Path | None = Field(
-        None, description="File with one `key tenant` a line; none = no keys are asked for"
-    )
     tls_cert: Path | None = Field(None, description="Server certificate chain (PEM)")
     tls_key: Path | None = Field(None, description="Server key (PEM)")
     max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
@@ -213,6 +215,7 @@ class ClientSettings(BaseSettings):
     address: str = Field(default="127.0.0.1:50051", description="Address of a gateway")
     api_key: str | None = Field(default=None, description="Key to send with every call", repr=False)
     tls_ca: Path | None = Field(default=None, description="Certificate authority (PEM) to trust; turns TLS on")
+    api_keys_file: Path | None = Field(default=None, description="File that `streamflow keys` works on")
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)

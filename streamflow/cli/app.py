@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import streamflow
-from streamflow.cli import dead, edit, engine, generate, inspect, samplers, up
+from streamflow.cli import dead, edit, engine, generate, inspect, keys, samplers, up
 from streamflow.errors import (
     AlreadyExistsError,
     BusyError,
@@ -60,6 +60,7 @@ app.command("jobs")(inspect.jobs)
 app.command("cancel")(inspect.cancel)
 app.add_typer(dead.app, name="dead")
 app.add_typer(engine.app, name="engine")
+app.add_typer(keys.app, name="keys")
 
 
 def _print_version(asked: bool) -> None:

@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from streamflow.config import StageSettings
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
 from streamflow.host.control import HostedStage, StageControl, StageHandler
+from streamflow.rpc.key_file import KeyFile
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import configure_logging, get_logger
 from streamflow.transport.base import Transport
@@ -90,6 +91,8 @@ async def serve(
     """Serves a loaded stage until SIGTERM, SIGINT or cancellation; closes the transport."""
     async with AsyncExitStack() as resources:
         resources.push_async_callback(transport.close)
+        # The stages' own calls are for operators: pictures come through the streams.
+        keys = await resources.enter_async_context(KeyFile(settings.api_keys_file))
         await resources.enter_async_context(stage)
         handler = service.handler(stage, transport, settings)
         control = StageControl(
@@ -101,7 +104,8 @@ async def serve(
             device=device,
             suspend=None if service.suspend is None else partial(service.suspend, handler),
         )
-        server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
+        services = [service.servicer(stage, control)]
+        server = RpcServer(settings, services=services, keys=keys, on_drain=_ending(control))
         await resources.enter_async_context(server)
         control.address = server.address
         beside = [stage.watch(hung_after_s=_HUNG_PART * settings.progress_timeout_s)]

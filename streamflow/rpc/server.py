@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from streamflow.config import Settings
 from streamflow.errors import UnavailableError
 from streamflow.ports import free_port, join, local_addresses
-from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.auth import Keys
 from streamflow.rpc.health import Health
 from streamflow.rpc.interceptors import Authenticator, RequestParser
 from streamflow.telemetry import get_logger
@@ -42,11 +42,16 @@ OnDrain = Callable[[float], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One gRPC service: its full name, the generated function that adds it, and what answers its calls."""
+    """One gRPC service: its full name, the generated function that adds it, and what answers its calls.
+
+    Attributes:
+        for_tenants: names of the methods that any known key opens. Those that nobody put here take an operator's key.
+    """
 
     name: str
     add: Callable[[Any, Any], None]
     servicer: object
+    for_tenants: frozenset[str] = frozenset()
 
 
 class RpcServer:
@@ -55,7 +60,7 @@ class RpcServer:
     Args:
         settings: address, limits, reflection, grace period.
         services: what it serves.
-        keys: API keys that calls must carry.
+        keys: of which every call must carry one; None = no keys are asked for.
         credentials: for TLS; see `server_credentials`.
         on_drain: see OnDrain; runs while calls under way go on and new ones are refused.
     """
@@ -65,7 +70,7 @@ class RpcServer:
         settings: Settings,
         *,
         services: Sequence[Service],
-        keys: ApiKeys | None = None,
+        keys: Keys | None = None,
         credentials: grpc.ServerCredentials | None = None,
         on_drain: OnDrain | None = None,
     ) -> None:
@@ -76,7 +81,10 @@ class RpcServer:
         self._health = Health()
         self._stop = asyncio.Event()
         self._draining = False
-        interceptors: list[Any] = [Authenticator(keys), RequestParser()] if keys else [RequestParser()]
+        interceptors: list[Any] = [RequestParser()]
+        if keys is not None:
+            for_tenants = {f"/{service.name}/{method}" for service in services for method in service.for_tenants}
+            interceptors.insert(0, Authenticator(keys, for_tenants))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings.max_message_bytes))
         for service in services:
             service.add(service.servicer, self._server)

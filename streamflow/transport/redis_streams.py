@@ -133,9 +133,9 @@ class RedisTransport:
             job.traceparent,
             job.nonce,
             self._limits.max_jobs,
-            self._limits.max_jobs if self._limits.max_tenant_jobs is None else self._limits.max_tenant_jobs,
+            self._limits.jobs_of(job.quota),
             self._limits.max_reserved_bytes,
-            self._limits.tenant_images_per_minute,
+            self._limits.images_per_minute_of(job.quota),
         )
         if answer == b"exists":
             raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")

@@ -68,7 +68,8 @@ def serve(servicer: Answering) -> Serve:
         **settings: Any,
     ) -> AsyncIterator[tuple[RpcServer, grpc.aio.Channel]]:
         values = {"host": "localhost", "port": 0, "drain_grace_s": 5.0, **settings}
-        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
+        for_tenants = frozenset({"GetJob", "Watch", "Generate"})
+        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, for_tenants)
         server = RpcServer(
             Settings(**values), services=[service], keys=keys, credentials=credentials, on_drain=on_drain
         )
