@@ -52,7 +52,14 @@ class NameSettings(BaseSettings):
 class Settings(NameSettings):
     """What every process of a deployment needs to know."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, 6.2 or newer")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        description="Redis or Valkey, 6.2 or newer: redis://USER@HOST:PORT/0, rediss:// for TLS",
+    )
+    redis_password_file: Path | None = Field(None, description="File with the password of Redis, in place of the URL's")
+    redis_ca: Path | None = Field(None, description="Authorities (PEM) to trust with rediss://; none = the system's")
+    redis_cert: Path | None = Field(None, description="Client certificate (PEM) for Redis, where it asks for one")
+    redis_key: Path | None = Field(None, description="Its key (PEM)")
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of log lines")
@@ -68,6 +75,10 @@ class Settings(NameSettings):
     lease_s: float = Field(10.0, ge=0.5, description="A worker that is not heard of for so long loses its work")
     result_keep_s: float = Field(900.0, ge=60, description="How long images that nobody fetched are kept")
     job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
+
+
+OF_REDIS = ("redis_password_file", "redis_ca", "redis_cert", "redis_key")
+"""Settings that belong to a redis_url."""
 
 
 class ModelSettings(NameSettings):

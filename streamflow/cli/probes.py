@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from streamflow.transport.redis_access import RedisAccess
 
 _PROBE_S = 0.1
 _PROBE_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
 
 
-async def check_redis(url: str) -> None:
-    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError for no URL."""
+async def check_redis(access: RedisAccess) -> None:
+    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError: wrong settings."""
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
 
-    where = url.rpartition("@")[2]
+    access.check()
+    url, options = access.connection_options()
     try:
-        where = urlsplit(url).netloc.rpartition("@")[2] or url
-        async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0) as client:
+        async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0, **options) as client:
             await client.ping()
-    except ValueError as error:
-        allowed = "redis://HOST:PORT/0, rediss:// for TLS, or unix:// for a socket"
-        raise InvalidRequestError("redis_url", where, allowed) from error
     except (RedisError, OSError) as error:
-        raise UnavailableError(f"the Redis at {where} cannot be used: {error}") from error
+        raise UnavailableError(f"the Redis at {access.where} cannot be used: {error}") from error
 
 
 async def serving(address: str, service: str) -> None:

@@ -17,13 +17,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 from streamflow.cli.model_settings import folder_of, settings_by_model
 from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import EngineSettings, child_environment
+from streamflow.config import OF_REDIS, EngineSettings, Settings, child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families.source import default_name
 from streamflow.model_names import write_models
@@ -164,7 +164,7 @@ class LocalDeployment:
             if self._redis_url is None:
                 await self._start_redis()
             else:
-                await check_redis(self._redis_url)
+                await self._check_redis(self._redis_url)
             names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port(self._host))]
             for model in self._models:
                 for kind, count in self._replicas.items():
@@ -254,7 +254,15 @@ class LocalDeployment:
         self._run("redis", redis)
         await self.wait_ready("redis")
         self._redis_url = program.url
+        # It has a password of its own; empty is as if it were not set.
+        self._settings |= dict.fromkeys(OF_REDIS, "")
         self._addresses["redis"] = urlsplit(program.url).netloc.rpartition("@")[2]
+
+    async def _check_redis(self, url: str) -> None:
+        from streamflow.transport.redis_access import RedisAccess
+
+        given: dict[str, Any] = {name: value for name, value in self._settings.items() if name in OF_REDIS}
+        await check_redis(RedisAccess.of(Settings(redis_url=url, **given)))
 
     def _launch_replica(self, kind: str, model: str) -> str:
         self._numbers[kind, model] += 1

@@ -32,6 +32,7 @@ from streamflow.transport.base import (
 from streamflow.transport.events import RedisEvents, follow
 from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
+from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_client import Calls, connect, redis_errors
 from streamflow.transport.refusals import busy, too_late
 from streamflow.transport.replies import (
@@ -86,7 +87,7 @@ class RedisTransport:
     @classmethod
     def from_url(
         cls,
-        url: str,
+        url: RedisAccess | str,
         *,
         deployment: str = "default",
         revision: str = "",
@@ -104,9 +105,8 @@ class RedisTransport:
             # What cannot be asked for by its job is of no use.
             tombstone_s=max(settings.job_keep_s, settings.result_keep_s),
         )
-        return cls.from_url(
-            settings.redis_url, deployment=settings.deployment, revision=revision, limits=limits, policy=policy
-        )
+        access = RedisAccess.of(settings)
+        return cls.from_url(access, deployment=settings.deployment, revision=revision, limits=limits, policy=policy)
 
     def __repr__(self) -> str:
         return f"RedisTransport({self._keys.prefix}, in hand: {sum(map(len, self._in_hand.values()))})"
