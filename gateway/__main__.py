@@ -15,8 +15,9 @@ from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from
+from streamflow.rpc.certificates import CertificateFiles
 from streamflow.rpc.key_file import KeyFile
-from streamflow.rpc.server import RpcServer, Service, server_credentials
+from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import Counters, configure_logging
 from streamflow.transport.base import Limits
 from streamflow.transport.redis_streams import RedisTransport
@@ -71,7 +72,7 @@ def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
         return None
     if settings.tls_cert is None or settings.tls_key is None:
         raise ValueError("tls_cert and tls_key belong together: give both, or neither for no TLS")
-    return server_credentials(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
+    return CertificateFiles(settings.tls_cert, settings.tls_key).credentials()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -163,7 +163,16 @@ class StageSettings(EngineSettings, ModelSettings, Settings):
     )
 
 
-class GatewaySettings(ModelSettings, Settings):
+class TlsSettings(BaseSettings):
+    """How the gateway encrypts; its probes need to know as well."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore", env_ignore_empty=True)
+
+    tls_cert: Path | None = Field(None, description="Server certificate chain (PEM), read again when it changes")
+    tls_key: Path | None = Field(None, description="Server key (PEM)")
+
+
+class GatewaySettings(TlsSettings, ModelSettings, Settings):
     """What the gateway needs besides."""
 
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
@@ -172,8 +181,6 @@ class GatewaySettings(ModelSettings, Settings):
         description="Further models as NAME=PATH, with commas between them; the stages of each are those of the "
         "deployment DEPLOYMENT-NAME",
     )
-    tls_cert: Path | None = Field(None, description="Server certificate chain (PEM)")
-    tls_key: Path | None = Field(None, description="Server key (PEM)")
     max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
     max_tenant_jobs: int = Field(0, ge=0, description="Unfinished jobs of one tenant at once; 0 = as many as of all")
     tenant_images_per_minute: float = Field(

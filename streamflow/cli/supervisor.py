@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from streamflow.cli.model_settings import folder_of, settings_by_model
 from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import OF_REDIS, EngineSettings, Settings, child_environment
+from streamflow.config import OF_REDIS, EngineSettings, Settings, TlsSettings, child_environment
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families.source import default_name
 from streamflow.model_names import write_models
@@ -150,6 +150,12 @@ class LocalDeployment:
         if self._redis_url is None:
             raise NotFoundError("the deployment has no Redis before it is entered")
         return self._redis_url
+
+    @property
+    def tls_cert(self) -> Path | None:
+        """The gateway's certificate; None where it does not encrypt."""
+        given = self._settings.get("tls_cert", TlsSettings().tls_cert)
+        return Path(str(given)) if given else None
 
     @property
     def processes(self) -> Mapping[str, Supervised]:
@@ -284,7 +290,7 @@ class LocalDeployment:
         process = Supervised(
             name,
             command,
-            probe=lambda: serving(address, SERVICES[kind]),
+            probe=lambda: serving(address, SERVICES[kind], tls_cert=self.tls_cert if kind == "gateway" else None),
             on_line=self._on_line,
             grace_s=self._grace_s + _EXIT_S,
         )

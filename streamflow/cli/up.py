@@ -131,6 +131,7 @@ def _print_table(deployment: LocalDeployment) -> None:
     console = Console()
     console.print(table)
     where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"
+    where += " --tls-ca FILE" if deployment.tls_cert else ""
     command = f'streamflow generate "a large red circle on a white background" -o circle.png{where}'
     console.print(f"Try: {command}", soft_wrap=True, highlight=False)
 

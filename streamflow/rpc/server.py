@@ -61,7 +61,7 @@ class RpcServer:
         settings: address, limits, reflection, grace period.
         services: what it serves.
         keys: of which every call must carry one; None = no keys are asked for.
-        credentials: for TLS; see `server_credentials`.
+        credentials: for TLS; see `certificates.CertificateFiles`.
         on_drain: see OnDrain; runs while calls under way go on and new ones are refused.
     """
 
@@ -177,11 +177,6 @@ class RpcServer:
             self._server.add_insecure_port(address)
         else:
             self._server.add_secure_port(address, self._credentials)
-
-
-def server_credentials(cert: bytes, key: bytes) -> grpc.ServerCredentials:
-    """TLS with a certificate chain and its key, both PEM."""
-    return grpc.ssl_server_credentials([(key, cert)])
 
 
 async def _run(on_drain: OnDrain, grace_s: float) -> None:

@@ -109,7 +109,7 @@ class RedisAccess:
             ) from error
 
 
-class _FromFile(CredentialProvider):  # type: ignore[misc]
+class _FromFile(CredentialProvider):
     """User and password, asked for by redis-py at every connection."""
 
     def __init__(self, user: str, path: Path) -> None:

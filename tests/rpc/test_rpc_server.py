@@ -10,7 +10,6 @@ import textwrap
 import grpc
 import grpc.aio
 import pytest
-import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -19,7 +18,7 @@ from streamflow.config import Settings
 from streamflow.errors import InvalidRequestError, UnauthenticatedError, UnavailableError
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel, open_channel
 from streamflow.rpc.errors import from_rpc_error
-from streamflow.rpc.server import RpcServer, server_credentials
+from streamflow.rpc.server import RpcServer
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from tests.keys import api_keys
 
@@ -200,18 +199,6 @@ async def test_reflection_needs_an_operators_key(serve):
                 await asyncio.to_thread(services, server.address, *metadata)
             assert caught.value.code().name == code
         assert NAME in await asyncio.to_thread(services, server.address, *key_metadata("key-ops"))
-
-
-async def test_tls(serve):
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
-    credentials = server_credentials(chain, certificate.private_key_pem.bytes())
-    async with serve(credentials=credentials, root_ca=authority.cert_pem.bytes()) as (server, channel):
-        assert await get_job(channel) == "x"
-        async with open_aio_channel(Target(server.address, root_ca=trustme.CA().cert_pem.bytes())) as stranger:
-            with pytest.raises(UnavailableError):
-                await get_job(stranger)
 
 
 PROCESS = """
