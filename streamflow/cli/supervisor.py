@@ -281,7 +281,8 @@ class LocalDeployment:
 
     def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:
         settings = {**self._settings, "redis_url": self.redis_url, "host": host, "port": port, **extra}
-        address = join(LOOPBACK if host in ("0.0.0.0", "[::]", "::") else host, port)
+        everywhere = ("0.0.0.0", "[::]", "::")
+        address = join(LOOPBACK if host in everywhere else host, port)
         command = Command(
             self._commands[kind],
             environment=child_environment(settings),

@@ -65,7 +65,8 @@ class CertificateFiles:
 
     def _load(self) -> tuple[bytes, bytes]:
         # gRPC would take what does not belong together, and then fail every handshake.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key, password="")
+        # An empty passphrase, since nobody is there to be asked for one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key, password=str)
         return self._key.read_bytes(), self._cert.read_bytes()
 
 

@@ -134,5 +134,5 @@ class Calls:
         if name not in self._sources:
             folder = files("streamflow.transport.scripts")
             source = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
-            self._sources[name] = source, hashlib.sha1(source.encode()).hexdigest()
+            self._sources[name] = source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
         return self._sources[name]
