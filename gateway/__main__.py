@@ -7,8 +7,8 @@ import sys
 
 import grpc
 
+from gateway.decoding import Decode, ImageDecoder
 from gateway.models import Models, Served
-from gateway.pipeline import DECODERS_AT_ONCE
 from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings, settings_from
@@ -28,7 +28,8 @@ async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
     keys = KeyFile(settings.api_keys_file)
     counters = Counters()
-    models = _models(settings, counters)
+    decoder = ImageDecoder(max_pixels=settings.max_image_pixels)
+    models = _models(settings, counters, decoder)
     servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters)
     name = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
     server = RpcServer(
@@ -40,7 +41,8 @@ async def serve(settings: GatewaySettings) -> None:
     )
     stop = asyncio.Event()
     try:
-        async with keys, server, asyncio.TaskGroup() as tasks:
+        async with decoder, keys, server, asyncio.TaskGroup() as tasks:
+            tasks.create_task(decoder.warm_up(), name="warm up decoders")
             transports = [each.transport for each in models]
             upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
             tasks.create_task(upkeep, name="upkeep")
@@ -50,7 +52,7 @@ async def serve(settings: GatewaySettings) -> None:
         await models.close()
 
 
-def _models(settings: GatewaySettings, counters: Counters) -> Models:
+def _models(settings: GatewaySettings, counters: Counters, decode: Decode) -> Models:
     """All that are served. Limits are of each, as everything is that a deployment counts."""
     limits = Limits(
         max_jobs=settings.max_jobs,
@@ -58,12 +60,11 @@ def _models(settings: GatewaySettings, counters: Counters) -> Models:
         max_reserved_bytes=settings.max_reserved_bytes,
         tenant_images_per_minute=settings.tenant_images_per_minute,
     )
-    decoding = asyncio.Semaphore(DECODERS_AT_ONCE)
     served = []
     for own in settings.each():
         card = describe(checkpoint_from(own))
         transport = RedisTransport.of(own, revision=card.revision, limits=limits)
-        served.append(Served.over(transport, card=card, settings=own, counters=counters, decoding=decoding))
+        served.append(Served.over(transport, card=card, settings=own, counters=counters, decode=decode))
     return Models(served)
 
 

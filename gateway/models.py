@@ -12,6 +12,7 @@ from heapq import merge
 from itertools import islice
 from typing import Self
 
+from gateway.decoding import Decode
 from gateway.pipeline import JobKey, Pipeline, no_letter
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, UnavailableError
@@ -42,10 +43,10 @@ class Served:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
-        decoding: asyncio.Semaphore | None = None,
+        decode: Decode | None = None,
     ) -> Self:
         """Arguments are those of Pipeline."""
-        pipeline = Pipeline(transport, card=card, settings=settings, counters=counters, decoding=decoding)
+        pipeline = Pipeline(transport, card=card, settings=settings, counters=counters, decode=decode)
         return cls(card, transport, pipeline)
 
     async def live(self) -> bool:

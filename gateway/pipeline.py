@@ -9,8 +9,9 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from gateway import admission, images
+from gateway import admission
 from gateway.budget import check_budget, choices, choose
+from gateway.decoding import Decode, InThread
 from gateway.story import Story
 from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
@@ -27,8 +28,6 @@ from streamflow.v1 import gateway_pb2, types_pb2
 _READ_AGAIN_S = 1.0
 # Blobs outlive the deadline of the job that uses them, so that no stage meets a job without its image.
 _BLOB_MARGIN_S = 60.0
-# Decoding takes tens of megabytes at a time.
-DECODERS_AT_ONCE = 2
 _MOST_LETTERS = 1000
 
 _log = get_logger(__name__)
@@ -59,7 +58,7 @@ class Pipeline:
         card: the model that is served.
         settings: limits and times.
         counters: counts requests and images for the status.
-        decoding: taken while source images are decoded; pipelines of one process share it.
+        decode: reads the images of requests; pipelines of one process share it. None = in a thread of this one.
         clock: seconds, monotonic.
     """
 
@@ -70,7 +69,7 @@ class Pipeline:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
-        decoding: asyncio.Semaphore | None = None,
+        decode: Decode | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._transport = transport
@@ -78,7 +77,7 @@ class Pipeline:
         self._settings = settings
         self._counters = counters
         self._clock = clock
-        self._decoding = decoding or asyncio.Semaphore(DECODERS_AT_ONCE)
+        self._decode = decode or InThread(max_pixels=settings.max_image_pixels)
         self._stopping = False
 
     async def drain(self, grace_s: float) -> None:
@@ -120,7 +119,8 @@ class Pipeline:
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
-        prompts = fingerprint("\n".join(texts_from_pb(request)))
+        texts = "\n".join(texts_from_pb(request))
+        prompts = texts if self._settings.log_prompts else fingerprint(texts)
         _log.info("admitted", job=new.id, model=filled.model, attached=attached, images=new.num_images, prompts=prompts)
         return key, attached
 
@@ -215,14 +215,7 @@ class Pipeline:
         """Stores the request's images for a minute, enough to be admitted: those of a refused request soon go."""
         if not (request.init_image or request.control.image):
             return []
-        async with self._decoding:
-            prepared = await asyncio.to_thread(
-                images.prepare_all,
-                request,
-                width=spec.request.width,
-                height=spec.request.height,
-                max_pixels=self._settings.max_image_pixels,
-            )
+        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height)
         for field, data in prepared.items():
             setattr(spec, field, await self._transport.put_blob(data, keep_s=_BLOB_MARGIN_S))
         return [*prepared.values()]

@@ -54,6 +54,7 @@ class Settings(NameSettings):
 
     redis_url: str = Field(
         "redis://127.0.0.1:6379/0",
+        repr=False,  # it may have a password in it
         description="Redis or Valkey, 6.2 or newer: redis://USER@HOST:PORT/0, rediss:// for TLS",
     )
     redis_password_file: Path | None = Field(None, description="File with the password of Redis, in place of the URL's")
@@ -181,6 +182,7 @@ class GatewaySettings(TlsSettings, ModelSettings, Settings):
         description="Further models as NAME=PATH, with commas between them; the stages of each are those of the "
         "deployment DEPLOYMENT-NAME",
     )
+    log_prompts: bool = Field(False, description="Write prompts into the log; otherwise a hash stands for them")
     max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
     max_tenant_jobs: int = Field(0, ge=0, description="Unfinished jobs of one tenant at once; 0 = as many as of all")
     tenant_images_per_minute: float = Field(
@@ -285,6 +287,11 @@ def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
 def _refuse(lines: Iterable[str], program: str) -> NoReturn:
     print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
     raise SystemExit(2)
+
+
+def environment_without_settings() -> dict[str, str]:
+    """For a child that must know nothing of this deployment, and no password that is among its settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("STREAMFLOW_")}
 
 
 def child_environment(settings: Mapping[str, object]) -> dict[str, str]:
