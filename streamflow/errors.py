@@ -26,10 +26,12 @@ class StreamFlowError(Exception):
 
     Attributes:
         answered: at a client: a StreamFlow server said so, rather than gRPC for want of one.
+        for_clients: what a server tells its clients in place of `str(error)`, which is for its operators; empty = that.
     """
 
     code: ClassVar[str] = "UNKNOWN"
     answered = False
+    for_clients = ""
 
 
 class InvalidRequestError(StreamFlowError, ValueError):

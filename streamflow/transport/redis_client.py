@@ -93,17 +93,24 @@ def _translated() -> Iterator[None]:
     except StreamFlowError:
         raise  # UnavailableError is an OSError as well
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-        raise UnavailableError(f"Redis cannot be reached: {error}") from error
+        raise _away(f"Redis cannot be reached: {error}") from error
     except ResponseError as error:
         # Redis 6.2 hides the kind of an error inside a script in its text.
         if isinstance(error, OutOfMemoryError) or "-OOM" in str(error):
             raise BusyError("the store is full; try again when results have been delivered") from error
         if isinstance(error, ReadOnlyError | MasterDownError) or any(word in str(error) for word in _NOT_NOW):
-            raise UnavailableError(f"Redis cannot take writes now: {error}") from error
+            raise _away(f"Redis cannot take writes now: {error}") from error
         if any(word in str(error) for word in _NOT_ALLOWED):
             hint = "give its user the rights that `streamflow redis-acl` lists for this kind of process"
-            raise UnavailableError(f"Redis does not let this process do its work: {error}; {hint}") from error
+            raise _away(f"Redis does not let this process do its work: {error}; {hint}") from error
         raise
+
+
+def _away(message: str) -> UnavailableError:
+    """The message has addresses and users, which are nothing to a client."""
+    error = UnavailableError(message)
+    error.for_clients = "the store cannot be used now; try again in a moment"
+    return error
 
 
 class Calls:
