@@ -1,7 +1,7 @@
 """A process that decodes pictures and nothing else: `python -m gateway.decode_child MEMORY_BYTES CPU_S`.
 
 It reads requests from stdin and writes answers to stdout. What a picture can do to it, it does to this process alone:
-its memory, its CPU time, its files and its children are limited, and it has none of the gateway's settings.
+its memory, its CPU time and its files are limited, and it has none of the gateway's settings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_FILES = 64
 
 
 def limit(extra_bytes: int) -> None:
-    """Of this process: so much memory on top of what it has now, no files to write, no further processes."""
+    """Of this process: so much memory on top of what it has now, few open files, and none to write."""
     with open("/proc/self/statm", encoding="ascii") as statm:
         now_bytes = int(statm.read().split()[0]) * resource.getpagesize()
     for what, most in (

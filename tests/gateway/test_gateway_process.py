@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc.aio
+import psutil
 import pytest
 import redis.asyncio as redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -138,6 +139,16 @@ async def test_keys_come_from_a_file(run, tmp_path):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=key_metadata("key-alice"))
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_what_decodes_pictures_dies_with_a_killed_gateway(run):
+    async with run() as (process, _):
+        gateway = psutil.Process(process.process.pid)
+        async with asyncio.timeout(30):
+            while len(children := gateway.children()) < 2:  # noqa: ASYNC110 nothing tells when they are there
+                await asyncio.sleep(0.05)
+        process.process.kill()
+        assert (await asyncio.to_thread(psutil.wait_procs, children, 10))[1] == []
 
 
 async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):

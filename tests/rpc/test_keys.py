@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamflow.errors import InvalidRequestError, UnauthenticatedError
@@ -69,6 +69,7 @@ def test_a_file_that_cannot_be_used_says_why_and_tells_no_key(text, said):
     assert "secret" not in str(caught.value)
 
 
+@settings(deadline=None)
 @given(
     st.binary(min_size=32, max_size=32),
     st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True),
