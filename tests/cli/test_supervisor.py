@@ -325,7 +325,11 @@ async def test_what_no_process_could_mend_is_refused_before_any_is_started(tmp_p
                     raise AssertionError("it started")
 
 
-async def test_a_gateway_with_tls_is_probed_with_its_own_certificate(tmp_path: Path) -> None:
+async def test_a_gateway_with_tls_is_probed_with_its_own_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of another Redis than the private one, which has a password of its own.
+    monkeypatch.setenv("STREAMFLOW_REDIS_PASSWORD_FILE", str(tmp_path / "nowhere"))
     authority = trustme.CA()
     issued = authority.issue_cert("gateway.example.org")
     issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
