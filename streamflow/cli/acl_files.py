@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streamflow.errors import InvalidRequestError
-from streamflow.model_names import deployment_of
+from streamflow.model_names import DEPLOYMENT, deployment_of
 from streamflow.transport.acl import DEFAULT_OFF, RIGHTS, administrator_line, user_line
 
 ADMINISTRATOR = "administrator"
@@ -44,6 +45,9 @@ def users_of(deployment: str, more_models: Sequence[str]) -> list[User]:
         InvalidRequestError: a deployment or a model cannot be called so.
     """
     deployments = [deployment, *(deployment_of(deployment, model) for model in more_models)]
+    for one in deployments:
+        if not re.fullmatch(DEPLOYMENT, one):
+            raise InvalidRequestError("deployment", one, "1 to 40 of A-Z a-z 0-9 _ -")
     users = [User(f"{deployment}-gateway", "gateway", tuple(deployments))]
     for one in deployments:
         users += [User(f"{one}-{role}", role, (one,)) for role in RIGHTS if role != "gateway"]
@@ -59,12 +63,10 @@ def write(folder: Path, users: Sequence[User]) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lines = [user.line(_password(folder / user.password_file)) for user in users]
-    except ValueError as error:
-        raise InvalidRequestError("deployment", users[0].deployments, str(error)) from error
+        path = folder / USERS_FILE
+        path.write_text("\n".join([DEFAULT_OFF, *lines]) + "\n", "utf-8")
     except OSError as error:
         raise InvalidRequestError("dir", folder, "a folder that can be written to", error.strerror or "") from error
-    path = folder / USERS_FILE
-    path.write_text("\n".join([DEFAULT_OFF, *lines]) + "\n", "utf-8")
     return path
 
 

@@ -223,6 +223,9 @@ def test_the_command_writes_what_redis_reads(tmp_path, server):
 
 
 def test_the_command_refuses_a_name_that_no_deployment_can_have(tmp_path):
-    result = CliRunner().invoke(app, ["redis-acl", "--deployment", "a b", "--dir", str(tmp_path)])
-    assert result.exit_code == 2
-    assert "deployment" in result.stderr
+    for name, folder in (("a b", tmp_path), ("../a", tmp_path), ("a", tmp_path / "file" / "folder")):
+        (tmp_path / "file").touch()
+        result = CliRunner().invoke(app, ["redis-acl", "--deployment", name, "--dir", str(folder)])
+        assert result.exit_code == 2
+        assert "deployment: got" in result.stderr or "dir: got" in result.stderr
+        assert not list(tmp_path.rglob("*.password"))
