@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-faults nightly gpu-check gpu-bench lint types protos check-protos model clean
+.PHONY: help demo test test-faults nightly gpu-check gpu-bench lint audit types protos check-protos model clean
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,9 +42,14 @@ gpu-check:  ## What only a GPU can show; needs python3 with torch, diffusers and
 gpu-bench:  ## Benchmarks on a GPU, on networks of real models' shapes with random weights; needs the same
 	$(PYTHON) -m benchmarks.gpu --json docs/benchmarks/gpu.json
 
-lint: $(STAMP)  ## Style
+lint: $(STAMP)  ## Style, and what bandit finds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit -q -c pyproject.toml -r streamflow services gateway
+
+audit: $(STAMP)  ## Known vulnerabilities of what is pinned; needs the network
+	$(BIN)/pip install -q --disable-pip-version-check 'pip-audit>=2.7'
+	$(BIN)/python .ci/audit.py constraints.txt
 
 types: $(STAMP)  ## Types of the library
 	$(BIN)/mypy

@@ -66,7 +66,7 @@ async def timed(deployment: LocalDeployment, client: AsyncClient, count: int, *,
 
 async def until(condition: Callable[[], Awaitable[bool]]) -> None:
     while not await condition():
-        await asyncio.sleep(0.05)  # noqa: ASYNC110 - it happens in another process
+        await asyncio.sleep(0.05)
 
 
 async def denoised(client: AsyncClient, images: int) -> bool:

@@ -8,17 +8,18 @@ from functools import partial
 
 import grpc
 
+from gateway.decoding import Decode, ImageDecoder
 from gateway.models import Models, Served
-from gateway.pipeline import DECODERS_AT_ONCE
-from gateway.servicer import GatewayServicer
+from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
 from gateway.watching import GatewayWatch
 from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from
-from streamflow.rpc.auth import ApiKeys
-from streamflow.rpc.server import RpcServer, Service, server_credentials
+from streamflow.rpc.certificates import CertificateFiles
+from streamflow.rpc.key_file import KeyFile
+from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import Counters, configure_logging
 from streamflow.telemetry.metrics import registry, serving
 from streamflow.telemetry.traces import open_tracing
@@ -29,16 +30,16 @@ from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
 
 async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
-    keys = ApiKeys.load(settings.api_keys_file)
+    keys = KeyFile(settings.api_keys_file)
     counters = Counters()
     metrics, tracing = registry(), open_tracing(settings.traces, service="gateway", ratio=settings.trace_ratio)
-    watch = GatewayWatch(metrics, counts=counters.snapshot)
-    models = _models(settings, counters, watch)
+    watch, decoder = GatewayWatch(metrics, counts=counters.snapshot), ImageDecoder(max_pixels=settings.max_image_pixels)
+    models = _models(settings, counters, decoder, watch)
     servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters, tracing=tracing)
     name = gateway_pb2.DESCRIPTOR.services_by_name["Gateway"].full_name
     server = RpcServer(
         settings,
-        services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)],
+        services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, FOR_TENANTS)],
         keys=keys,
         credentials=_credentials(settings),
         on_drain=models.drain,
@@ -48,7 +49,8 @@ async def serve(settings: GatewaySettings) -> None:
     stop = asyncio.Event()
     try:
         with serving(metrics, host=settings.host, port=settings.metrics_port):
-            async with server, asyncio.TaskGroup() as tasks:
+            async with decoder, keys, server, asyncio.TaskGroup() as tasks:
+                tasks.create_task(decoder.warm_up(), name="warm up decoders")
                 transports = [each.transport for each in models]
                 upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
                 tasks.create_task(upkeep, name="upkeep")
@@ -60,7 +62,7 @@ async def serve(settings: GatewaySettings) -> None:
         tracing.close()
 
 
-def _models(settings: GatewaySettings, counters: Counters, watch: GatewayWatch) -> Models:
+def _models(settings: GatewaySettings, counters: Counters, decode: Decode, watch: GatewayWatch) -> Models:
     """All that are served. Limits are of each, as everything is that a deployment counts."""
     limits = Limits(
         max_jobs=settings.max_jobs,
@@ -68,14 +70,13 @@ def _models(settings: GatewaySettings, counters: Counters, watch: GatewayWatch) 
         max_reserved_bytes=settings.max_reserved_bytes,
         tenant_images_per_minute=settings.tenant_images_per_minute,
     )
-    decoding = asyncio.Semaphore(DECODERS_AT_ONCE)
     served = []
     for own in settings.each():
         card = describe(checkpoint_from(own))
         transport = RedisTransport.of(own, revision=card.revision, limits=limits)
         on_ended = partial(watch.ended, card.name)
         served.append(
-            Served.over(transport, card=card, settings=own, counters=counters, decoding=decoding, on_ended=on_ended)
+            Served.over(transport, card=card, settings=own, counters=counters, decode=decode, on_ended=on_ended)
         )
     return Models(served)
 
@@ -85,7 +86,7 @@ def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
         return None
     if settings.tls_cert is None or settings.tls_key is None:
         raise ValueError("tls_cert and tls_key belong together: give both, or neither for no TLS")
-    return server_credentials(settings.tls_cert.read_bytes(), settings.tls_key.read_bytes())
+    return CertificateFiles(settings.tls_cert, settings.tls_key).credentials()
 
 
 def main(argv: list[str] | None = None) -> None:

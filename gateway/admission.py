@@ -15,7 +15,7 @@ from streamflow.errors import DeadlineError, InvalidRequestError
 from streamflow.flow.programs import Program
 from streamflow.flow.samplers import sampler_steps
 from streamflow.rpc import convert
-from streamflow.types import ModelCard
+from streamflow.types import NO_QUOTA, ModelCard, Quota
 from streamflow.v1 import types_pb2
 from streamflow.validation import (
     check_control_image,
@@ -42,17 +42,24 @@ _OVERHEAD_BYTES = 256 * 1024
 
 
 def fill_in(
-    request: types_pb2.GenerateRequest, *, card: ModelCard, settings: GatewaySettings, request_id: str, seed: int
+    request: types_pb2.GenerateRequest,
+    *,
+    card: ModelCard,
+    settings: GatewaySettings,
+    request_id: str,
+    seed: int,
+    quota: Quota = NO_QUOTA,
 ) -> types_pb2.GenerateRequest:
     """The request with every default filled in, and without its image bytes.
 
     Args:
         request_id, seed: for a request that has none.
+        quota: the tenant's own.
 
     Raises:
         InvalidRequestError: the request cannot be served.
     """
-    check(request, card=card, settings=settings)
+    check(request, card=card, settings=settings, quota=quota)
     filled = types_pb2.GenerateRequest()
     filled.CopyFrom(request)
     filled.DiscardUnknownFields()
@@ -75,11 +82,14 @@ def fill_in(
     return filled
 
 
-def check(request: types_pb2.GenerateRequest, *, card: ModelCard, settings: GatewaySettings) -> None:
+def check(
+    request: types_pb2.GenerateRequest, *, card: ModelCard, settings: GatewaySettings, quota: Quota = NO_QUOTA
+) -> None:
     """Raises InvalidRequestError for the first field that cannot be used."""
     _check_identity(request, card)
     _check_prompts(request, card, settings)
     _check_counts(request, card, settings)
+    _check_rate(request, settings, quota)
     check_true_cfg_scale(card, convert.true_cfg_scale(request), request.negative_prompt)
     _check_size(request, card, settings)
     _check_images(request, settings)
@@ -155,11 +165,15 @@ def _check_counts(request: types_pb2.GenerateRequest, card: ModelCard, settings:
     if num_images(request) > settings.max_images:
         allowed = f"at most {settings.max_images} images over all prompts"
         raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
-    per_minute = settings.tenant_images_per_minute
+    _check_range("preview_interval_steps", request.preview_interval_steps, 0, card.max_steps)
+
+
+def _check_rate(request: types_pb2.GenerateRequest, settings: GatewaySettings, quota: Quota) -> None:
+    own = quota.images_per_minute
+    per_minute = settings.tenant_images_per_minute if own is None else own
     if per_minute and num_images(request) > per_minute:
         allowed = f"at most {per_minute:g} images over all prompts, which is what you may have in a minute"
         raise InvalidRequestError("num_images", request.num_images, allowed, "send several requests")
-    _check_range("preview_interval_steps", request.preview_interval_steps, 0, card.max_steps)
 
 
 def _check_sampling(request: types_pb2.GenerateRequest, card: ModelCard) -> None:

@@ -12,9 +12,11 @@ from heapq import merge
 from itertools import islice
 from typing import Self
 
+from gateway.decoding import Decode
 from gateway.pipeline import JobKey, Pipeline, no_letter
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.rpc.auth import Caller
 from streamflow.telemetry import Counters
 from streamflow.transport.base import DeadLetter, JobPlace, JobView, Transport
 from streamflow.types import ModelCard, Stage
@@ -41,12 +43,12 @@ class Served:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
-        decoding: asyncio.Semaphore | None = None,
+        decode: Decode | None = None,
         on_ended: Callable[[JobView], None] | None = None,
     ) -> Self:
         """Arguments are those of Pipeline."""
         pipeline = Pipeline(
-            transport, card=card, settings=settings, counters=counters, decoding=decoding, on_ended=on_ended
+            transport, card=card, settings=settings, counters=counters, decode=decode, on_ended=on_ended
         )
         return cls(card, transport, pipeline)
 
@@ -103,7 +105,7 @@ class Models:
         self,
         request: types_pb2.GenerateRequest,
         *,
-        tenant: str,
+        caller: Caller,
         remaining_s: float | None,
         detach: bool,
         traceparent: str = "",
@@ -119,10 +121,10 @@ class Models:
             check_request_id(request.request_id)
         served = self.named(request.model)
         if request.request_id:
-            await self._check_free(JobKey(tenant, request.request_id), served)
+            await self._check_free(JobKey(caller.tenant, request.request_id), served)
         pipeline = served.pipeline
         key, attached = await pipeline.submit(
-            request, tenant=tenant, remaining_s=remaining_s, detach=detach, traceparent=traceparent
+            request, caller=caller, remaining_s=remaining_s, detach=detach, traceparent=traceparent
         )
         return pipeline, key, attached
 
@@ -141,7 +143,7 @@ class Models:
         found = await asyncio.gather(*(self._letters_of(each, tenant, count) for each in self))
         return list(islice(merge(*found, key=lambda letter: letter.at_s, reverse=True), count))
 
-    async def retry(self, tenant: str, letter_id: str) -> tuple[Pipeline, JobKey]:
+    async def retry(self, caller: Caller, letter_id: str) -> tuple[Pipeline, JobKey]:
         """Admits the job of a dead letter to its model again; see `Pipeline.retry`.
 
         Raises:
@@ -150,8 +152,8 @@ class Models:
         number, _, name = letter_id.partition(".")
         if name and name not in self._served:
             raise no_letter(letter_id)
-        pipeline, key = self.named(name).pipeline, JobKey(tenant, f"retry-{letter_id}")
-        await pipeline.retry(key, number)
+        pipeline, key = self.named(name).pipeline, JobKey(caller.tenant, f"retry-{letter_id}")
+        await pipeline.retry(key, number, quota=caller.quota)
         return pipeline, key
 
     async def drain(self, grace_s: float) -> None:

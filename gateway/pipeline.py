@@ -9,25 +9,25 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from gateway import admission, images
+from gateway import admission
 from gateway.budget import check_budget, choices, choose
+from gateway.decoding import Decode, InThread
 from gateway.story import Story
 from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.rpc.auth import Caller
 from streamflow.rpc.convert import texts_from_pb
 from streamflow.telemetry import Counters, fingerprint, get_logger
 from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport
 from streamflow.transport.policy import HEADROOM
-from streamflow.types import ModelCard
+from streamflow.types import NO_QUOTA, ModelCard, Quota
 from streamflow.v1 import gateway_pb2, types_pb2
 
 # The job is read at least so often, whatever is published: notifications are lossy.
 _READ_AGAIN_S = 1.0
 # Blobs outlive the deadline of the job that uses them, so that no stage meets a job without its image.
 _BLOB_MARGIN_S = 60.0
-# Decoding takes tens of megabytes at a time.
-DECODERS_AT_ONCE = 2
 _MOST_LETTERS = 1000
 
 _log = get_logger(__name__)
@@ -58,7 +58,7 @@ class Pipeline:
         card: the model that is served.
         settings: limits and times.
         counters: counts requests and images for the status.
-        decoding: taken while source images are decoded; pipelines of one process share it.
+        decode: reads the images of requests; pipelines of one process share it. None = in a thread of this one.
         on_ended: told of each job that ended while the call that admitted it was there.
         clock: seconds, monotonic.
     """
@@ -70,7 +70,7 @@ class Pipeline:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
-        decoding: asyncio.Semaphore | None = None,
+        decode: Decode | None = None,
         on_ended: Callable[[JobView], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,7 +80,7 @@ class Pipeline:
         self._counters = counters
         self._clock = clock
         self._on_ended = on_ended
-        self._decoding = decoding or asyncio.Semaphore(DECODERS_AT_ONCE)
+        self._decode = decode or InThread(max_pixels=settings.max_image_pixels)
         self._stopping = False
 
     async def drain(self, grace_s: float) -> None:
@@ -94,7 +94,7 @@ class Pipeline:
         self,
         request: types_pb2.GenerateRequest,
         *,
-        tenant: str,
+        caller: Caller,
         remaining_s: float | None,
         detach: bool,
         traceparent: str = "",
@@ -113,27 +113,34 @@ class Pipeline:
             remaining_s = min(
                 request.time_budget_s, self._settings.max_timeout_s if remaining_s is None else remaining_s
             )
-        request = await self._within_budget(request)
+        request = await self._within_budget(request, caller.quota)
         seed, request_id = secrets.randbits(64), secrets.token_hex(16)
-        filled = admission.fill_in(request, card=self._card, settings=self._settings, request_id=request_id, seed=seed)
-        timeout_s = admission.timeout_s(remaining_s, self._settings)
-        key = JobKey(tenant, filled.request_id)
-        spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=tenant)
-        stored = await self._store_images(request, spec)
-        new = replace(
-            self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach), traceparent=traceparent
+        filled = admission.fill_in(
+            request,
+            card=self._card,
+            settings=self._settings,
+            quota=caller.quota,
+            request_id=request_id,
+            seed=seed,
         )
+        timeout_s = admission.timeout_s(remaining_s, self._settings)
+        key = JobKey(caller.tenant, filled.request_id)
+        spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=key.tenant)
+        stored = await self._store_images(request, spec)
+        new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach, quota=caller.quota)
+        new = replace(new, traceparent=traceparent)
         attached = await self._admit(new, key)
         for data in stored:
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
-        prompts = fingerprint("\n".join(texts_from_pb(request)))
+        texts = "\n".join(texts_from_pb(request))
+        prompts = texts if self._settings.log_prompts else fingerprint(texts)
         _log.info("admitted", job=new.id, model=filled.model, attached=attached, images=new.num_images, prompts=prompts)
         return key, attached
 
     async def dead_letters(self, tenant: str, *, count: int) -> list[DeadLetter]:
         return await self._transport.dead_letters(tenant=tenant, count=count)
 
-    async def retry(self, key: JobKey, letter_id: str) -> None:
+    async def retry(self, key: JobKey, letter_id: str, *, quota: Quota = NO_QUOTA) -> None:
         """Admits the job of a dead letter again, as the job `key`; safe to repeat.
 
         Raises:
@@ -158,7 +165,8 @@ class Pipeline:
                 raise InvalidRequestError("id", letter_id, "a letter whose images are still stored", hint)
             await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S)
         spec.request.request_id = key.request_id
-        await self._admit(self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True), key)
+        new = self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True, quota=quota)
+        await self._admit(new, key)
         await self._transport.remove_dead_letter(letter_id)
 
     async def _was_retried(self, key: JobKey, letter_id: str) -> None:
@@ -167,7 +175,9 @@ class Pipeline:
         except NotFoundError as error:
             raise no_letter(letter_id) from error
 
-    def _new_job(self, key: JobKey, spec: types_pb2.JobSpec, *, digest: str, timeout_s: float, detach: bool) -> NewJob:
+    def _new_job(
+        self, key: JobKey, spec: types_pb2.JobSpec, *, digest: str, timeout_s: float, detach: bool, quota: Quota
+    ) -> NewJob:
         request = spec.request
         return NewJob(
             id=key.job_id,
@@ -181,6 +191,7 @@ class Pipeline:
             reserved_bytes=admission.reserved_bytes(request),
             watch_lease_s=None if detach else self._settings.watch_lease_s,
             nonce=secrets.token_hex(8),
+            quota=quota,
         )
 
     async def _admit(self, new: NewJob, key: JobKey) -> bool:
@@ -197,7 +208,7 @@ class Pipeline:
         self._counters.add("attached_total" if attached else "admitted_total")
         return attached
 
-    async def _within_budget(self, request: types_pb2.GenerateRequest) -> types_pb2.GenerateRequest:
+    async def _within_budget(self, request: types_pb2.GenerateRequest, quota: Quota) -> types_pb2.GenerateRequest:
         """The request itself, or with what was chosen for its time budget."""
         if not request.HasField("time_budget_s"):
             return request
@@ -205,7 +216,7 @@ class Pipeline:
         found = choices(request, self._card)
         # The one with the most steps can run if any can: a strength may leave the others without a step.
         most = found[-1].apply(request, None)
-        admission.check(most, card=self._card, settings=self._settings)
+        admission.check(most, card=self._card, settings=self._settings, quota=quota)
         works = {choice: admission.work_if_it_runs(choice.apply(request, None), self._card) for choice in found}
         runnable = {choice: work for choice, work in works.items() if work is not None}
         expected_s = await self._transport.expected_s([*runnable.values()], num_images=admission.num_images(request))
@@ -217,14 +228,7 @@ class Pipeline:
         """Stores the request's images for a minute, enough to be admitted: those of a refused request soon go."""
         if not (request.init_image or request.control.image):
             return []
-        async with self._decoding:
-            prepared = await asyncio.to_thread(
-                images.prepare_all,
-                request,
-                width=spec.request.width,
-                height=spec.request.height,
-                max_pixels=self._settings.max_image_pixels,
-            )
+        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height)
         for field, data in prepared.items():
             setattr(spec, field, await self._transport.put_blob(data, keep_s=_BLOB_MARGIN_S))
         return [*prepared.values()]

@@ -18,7 +18,7 @@ from gateway.story import Collected, job_to_pb, letter_to_pb
 from streamflow.config import GatewaySettings
 from streamflow.errors import InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.rpc import convert
-from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.auth import Caller, Keys
 from streamflow.rpc.errors import rpc_errors
 from streamflow.telemetry import Counters
 from streamflow.telemetry.traces import Request, Tracing
@@ -28,6 +28,22 @@ from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from streamflow.validation import check_request_id
 
 Context = grpc.aio.ServicerContext[Any, Any]
+
+FOR_TENANTS = frozenset(
+    {
+        "Generate",
+        "GenerateImages",
+        "Submit",
+        "GetJob",
+        "Watch",
+        "Cancel",
+        "ListJobs",
+        "ListModels",
+        "ListDeadLetters",
+        "RetryDeadLetter",
+    }
+)
+"""What a tenant's key opens: calls that tell it of nobody else. Status counts the work of all tenants."""
 
 REQUEST_ID_KEY = "streamflow-request-id"
 MAX_PAGE_SIZE = 1000
@@ -44,7 +60,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     Args:
         models: what is served.
-        keys: tell the tenant of a call.
+        keys: tell whose call it is.
         tracing: makes a span of each call that admits a job.
         clock: seconds since 1970.
     """
@@ -54,7 +70,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         models: Models,
         *,
         settings: GatewaySettings,
-        keys: ApiKeys,
+        keys: Keys,
         counters: Counters,
         tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
@@ -136,7 +152,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         async with rpc_errors(context):
             if not _LETTER_ID.fullmatch(request.id):
                 raise InvalidRequestError("id", request.id, "the id of a dead letter, such as 1700000000000-0")
-            pipeline, key = await self._models.retry(self._tenant(context), request.id)
+            pipeline, key = await self._models.retry(self._caller(context), request.id)
             return job_to_pb(key.request_id, await pipeline.job(key))
 
     async def ListModels(
@@ -165,7 +181,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
     ) -> tuple[Pipeline, JobKey, bool]:
         pipeline, key, attached = await self._models.submit(
             request,
-            tenant=self._tenant(context),
+            caller=self._caller(context),
             remaining_s=context.time_remaining(),
             detach=detach or request.detach,
             traceparent=call.traceparent,
@@ -184,7 +200,10 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         return self._tracing.request(name, context.invocation_metadata())
 
     def _tenant(self, context: Context) -> str:
-        return self._keys.tenant(context.invocation_metadata())
+        return self._caller(context).tenant
+
+    def _caller(self, context: Context) -> Caller:
+        return self._keys.caller(context.invocation_metadata())
 
 
 async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached: bool) -> None:

@@ -52,7 +52,15 @@ class NameSettings(BaseSettings):
 class Settings(NameSettings):
     """What every process of a deployment needs to know."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis or Valkey, 6.2 or newer")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0",
+        repr=False,  # it may have a password in it
+        description="Redis or Valkey, 6.2 or newer: redis://USER@HOST:PORT/0, rediss:// for TLS",
+    )
+    redis_password_file: Path | None = Field(None, description="File with the password of Redis, in place of the URL's")
+    redis_ca: Path | None = Field(None, description="Authorities (PEM) to trust with rediss://; none = the system's")
+    redis_cert: Path | None = Field(None, description="Client certificate (PEM) for Redis, where it asks for one")
+    redis_key: Path | None = Field(None, description="Its key (PEM)")
     host: str = Field("127.0.0.1", description="Address to listen on")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of log lines")
@@ -69,12 +77,21 @@ class Settings(NameSettings):
     trace_ratio: float = Field(
         1.0, ge=0, le=1, description="How many of the requests are traced that their client does not trace already"
     )
+    api_keys_file: Path | None = Field(
+        None,
+        description="API keys, as `streamflow keys create` makes them; none = no keys are asked for. Any key opens the "
+        "gateway, and an operator's the stages as well; the file is read again when it changes",
+    )
     reflection: bool = Field(False, description="Answer gRPC server reflection")
     max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
     drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")
     lease_s: float = Field(10.0, ge=0.5, description="A worker that is not heard of for so long loses its work")
     result_keep_s: float = Field(900.0, ge=60, description="How long images that nobody fetched are kept")
     job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
+
+
+OF_REDIS = ("redis_password_file", "redis_ca", "redis_cert", "redis_key")
+"""Settings that belong to a redis_url."""
 
 
 class ModelSettings(NameSettings):
@@ -159,7 +176,16 @@ class StageSettings(EngineSettings, ModelSettings, Settings):
     )
 
 
-class GatewaySettings(ModelSettings, Settings):
+class TlsSettings(BaseSettings):
+    """How the gateway encrypts; its probes need to know as well."""
+
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore", env_ignore_empty=True)
+
+    tls_cert: Path | None = Field(None, description="Server certificate chain (PEM), read again when it changes")
+    tls_key: Path | None = Field(None, description="Server key (PEM)")
+
+
+class GatewaySettings(TlsSettings, ModelSettings, Settings):
     """What the gateway needs besides."""
 
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
@@ -168,14 +194,10 @@ class GatewaySettings(ModelSettings, Settings):
         description="Further models as NAME=PATH, with commas between them; the stages of each are those of the "
         "deployment DEPLOYMENT-NAME",
     )
-    api_keys_file: Path | None = Field(
-        None, description="File with one `key tenant` a line; none = no keys are asked for"
-    )
-    tls_cert: Path | None = Field(None, description="Server certificate chain (PEM)")
-    tls_key: Path | None = Field(None, description="Server key (PEM)")
     health_port: int = Field(
         0, ge=0, le=65535, description="Port on which health checks alone are answered, without TLS; 0 = none"
     )
+    log_prompts: bool = Field(False, description="Write prompts into the log; otherwise a hash stands for them")
     max_jobs: int = Field(1000, ge=1, description="Unfinished jobs at once; more are refused with a retry delay")
     max_tenant_jobs: int = Field(0, ge=0, description="Unfinished jobs of one tenant at once; 0 = as many as of all")
     tenant_images_per_minute: float = Field(
@@ -228,6 +250,7 @@ class ClientSettings(BaseSettings):
     address: str = Field(default="127.0.0.1:50051", description="Address of a gateway")
     api_key: str | None = Field(default=None, description="Key to send with every call", repr=False)
     tls_ca: Path | None = Field(default=None, description="Certificate authority (PEM) to trust; turns TLS on")
+    api_keys_file: Path | None = Field(default=None, description="File that `streamflow keys` works on")
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -279,6 +302,11 @@ def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
 def _refuse(lines: Iterable[str], program: str) -> NoReturn:
     print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
     raise SystemExit(2)
+
+
+def environment_without_settings() -> dict[str, str]:
+    """For a child that must know nothing of this deployment, and no password that is among its settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("STREAMFLOW_")}
 
 
 def child_environment(settings: Mapping[str, object]) -> dict[str, str]:

@@ -6,6 +6,7 @@
     ├── AlreadyExistsError      the id is taken by a different request
     ├── BusyError               refused for load; says when to try again
     ├── UnauthenticatedError    no key, or a wrong one
+    │   └── PermissionDeniedError   a known key, and a call that it does not open
     ├── UnavailableError        a service or Redis cannot be reached now; the same call may succeed later
     ├── JobCancelledError       the job was cancelled
     ├── DeadlineError           the job's deadline passed
@@ -25,10 +26,12 @@ class StreamFlowError(Exception):
 
     Attributes:
         answered: at a client: a StreamFlow server said so, rather than gRPC for want of one.
+        for_clients: what a server tells its clients in place of `str(error)`, which is for its operators; empty = that.
     """
 
     code: ClassVar[str] = "UNKNOWN"
     answered = False
+    for_clients = ""
 
 
 class InvalidRequestError(StreamFlowError, ValueError):
@@ -72,6 +75,10 @@ class BusyError(StreamFlowError):
 
 class UnauthenticatedError(StreamFlowError):
     code = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(UnauthenticatedError):
+    code = "PERMISSION_DENIED"
 
 
 class UnavailableError(StreamFlowError, ConnectionError):

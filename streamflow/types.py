@@ -64,6 +64,22 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Quota:
+    """What one tenant may have; None = what the deployment gives every tenant.
+
+    Attributes:
+        jobs: unfinished at once; 0 = as many as of all tenants.
+        images_per_minute: 0 = any number.
+    """
+
+    jobs: int | None = None
+    images_per_minute: float | None = None
+
+
+NO_QUOTA = Quota()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
     """What one checkpoint offers, and the values that a request's unset fields take.
 

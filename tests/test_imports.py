@@ -48,6 +48,7 @@ def test_the_exported_names() -> None:
         "InvalidRequestError",
         "JobCancelledError",
         "NotFoundError",
+        "PermissionDeniedError",
         "Pipeline",
         "Result",
         "StreamFlowError",

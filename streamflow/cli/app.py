@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import streamflow
-from streamflow.cli import dead, edit, engine, generate, inspect, samplers, top, up
+from streamflow.cli import dead, edit, engine, generate, inspect, keys, redis_acl, samplers, top, up
 from streamflow.errors import (
     AlreadyExistsError,
     BusyError,
@@ -61,6 +61,9 @@ app.command("jobs")(inspect.jobs)
 app.command("cancel")(inspect.cancel)
 app.add_typer(dead.app, name="dead")
 app.add_typer(engine.app, name="engine")
+app.add_typer(keys.app, name="keys")
+app.command("redis-acl")(redis_acl.redis_acl)
+app.command("redis-acl")(redis_acl.redis_acl)
 
 
 def _print_version(asked: bool) -> None:

@@ -3,40 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import UnavailableError
+from streamflow.rpc.certificates import probe_target
+from streamflow.rpc.channels import Target, open_aio_channel
+
+if TYPE_CHECKING:
+    from streamflow.transport.redis_access import RedisAccess
 
 _PROBE_S = 0.1
-_PROBE_OPTIONS = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500)]
+_PROBE_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 500),
+]
 
 
-async def check_redis(url: str) -> None:
-    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError for no URL."""
+async def check_redis(access: RedisAccess) -> None:
+    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError: wrong settings."""
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
 
-    where = url.rpartition("@")[2]
+    access.check()
+    url, options = access.connection_options()
     try:
-        where = urlsplit(url).netloc.rpartition("@")[2] or url
-        async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0) as client:
+        async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0, **options) as client:
             await client.ping()
-    except ValueError as error:
-        allowed = "redis://HOST:PORT/0, rediss:// for TLS, or unix:// for a socket"
-        raise InvalidRequestError("redis_url", where, allowed) from error
     except (RedisError, OSError) as error:
-        raise UnavailableError(f"the Redis at {where} cannot be used: {error}") from error
+        raise UnavailableError(f"the Redis at {access.where} cannot be used: {error}") from error
 
 
-async def serving(address: str, service: str) -> None:
-    """Returns when the process at `address` says that `service` is ready."""
+async def _target(address: str, tls_cert: Path | None) -> Target:
+    """How to ask it: of a server that encrypts, only it can tell, so this waits for it."""
+    target = Target(address)
+    while tls_cert is not None and target.credentials is None:
+        target = await asyncio.to_thread(probe_target, address, tls_cert)
+        if target.credentials is None:
+            await asyncio.sleep(_PROBE_S)
+    return target
+
+
+async def serving(address: str, service: str, *, tls_cert: Path | None = None) -> None:
+    """Returns when the process at `address` says that `service` is ready.
+
+    Args:
+        tls_cert: the certificate that it has; None = it does not encrypt.
+    """
     request = health_pb2.HealthCheckRequest(service=service)
-    async with grpc.aio.insecure_channel(address, options=_PROBE_OPTIONS) as channel:
+    async with open_aio_channel(await _target(address, tls_cert), _PROBE_OPTIONS) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         while True:
             try:

@@ -23,7 +23,15 @@ from urllib.parse import urlsplit
 from streamflow.cli.model_settings import folder_of, settings_by_model
 from streamflow.cli.probes import check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
-from streamflow.config import EngineSettings, GatewaySettings, ModelSettings, Settings, child_environment
+from streamflow.config import (
+    OF_REDIS,
+    EngineSettings,
+    GatewaySettings,
+    ModelSettings,
+    Settings,
+    TlsSettings,
+    child_environment,
+)
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from, default_name
@@ -171,6 +179,12 @@ class LocalDeployment:
         return self._redis_url
 
     @property
+    def tls_cert(self) -> Path | None:
+        """The gateway's certificate; None where it does not encrypt."""
+        given = self._settings.get("tls_cert", TlsSettings().tls_cert)
+        return Path(str(given)) if given else None
+
+    @property
     def processes(self) -> Mapping[str, Supervised]:
         """By name; each tells its `pid` and `restarts`."""
         return self._processes
@@ -184,7 +198,7 @@ class LocalDeployment:
             if self._redis_url is None:
                 await self._start_redis()
             else:
-                await check_redis(self._redis_url)
+                await self._check_redis(self._redis_url)
             names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port(self._host))]
             for model in self._models:
                 for kind, count in self._replicas.items():
@@ -281,7 +295,15 @@ class LocalDeployment:
         self._run("redis", redis)
         await self.wait_ready("redis")
         self._redis_url = program.url
+        # It has a password of its own; empty is as if it were not set.
+        self._settings |= dict.fromkeys(OF_REDIS, "")
         self._addresses["redis"] = urlsplit(program.url).netloc.rpartition("@")[2]
+
+    async def _check_redis(self, url: str) -> None:
+        from streamflow.transport.redis_access import RedisAccess
+
+        given: dict[str, Any] = {name: value for name, value in self._settings.items() if name in OF_REDIS}
+        await check_redis(RedisAccess.of(Settings(redis_url=url, **given)))
 
     def _launch_replica(self, kind: str, model: str) -> str:
         self._numbers[kind, model] += 1
@@ -307,7 +329,7 @@ class LocalDeployment:
         process = Supervised(
             name,
             command,
-            probe=lambda: serving(address, SERVICES[kind]),
+            probe=lambda: serving(address, SERVICES[kind], tls_cert=self.tls_cert if kind == "gateway" else None),
             on_line=self._on_line,
             grace_s=self._grace_s + _EXIT_S,
         )

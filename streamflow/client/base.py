@@ -63,7 +63,8 @@ class BaseClient:
         limit = check_max_message_bytes(max_message_bytes)
         self._target = Target(address, tls=bool(tls), root_ca=root_ca_of(tls), max_message_bytes=limit)
         self._key = key_metadata(check_api_key(api_key))
-        self._policy = RetryPolicy(address, check_timeout_s(connect_timeout_s, "connect_timeout_s"), max_busy_retries)
+        connect_s = check_timeout_s(connect_timeout_s, "connect_timeout_s")
+        self._policy = RetryPolicy(address, connect_s, max_busy_retries, tls=bool(tls))
         self._contact = Contact()
 
     def __repr__(self) -> str:

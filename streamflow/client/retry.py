@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
+from streamflow.client.trouble import hint
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
 
 _FIRST_DELAY_S = 0.1
@@ -27,11 +28,13 @@ class RetryPolicy:
         address: for messages.
         connect_timeout_s: a server that never answered is given up after so long; one that did, at the deadline.
         max_busy_retries: refusals for load before BusyError is raised; None = until the deadline.
+        tls: for messages: whether the client encrypts.
     """
 
     address: str
     connect_timeout_s: float = 10.0
     max_busy_retries: int | None = None
+    tls: bool = False
 
 
 @dataclass(slots=True)
@@ -64,7 +67,7 @@ class Retry:
         self._timeout_s = timeout_s
         self._started_at_s = clock()
         self._contact = contact or Contact()
-        self._answer = ""
+        self._answer = self._hint = ""
         self._failures = 0
         self._refusals = 0
 
@@ -137,4 +140,6 @@ class Retry:
         if error.answered:
             return UnavailableError(f"{self._policy.address}: {error}")
         trouble = "the connection was lost" if self._contact.made else "no StreamFlow gateway answers"
-        return UnavailableError(f"{self._policy.address}: {trouble}: {error}")
+        # Of a name with several addresses gRPC tells what became of one of them, and not always of the same.
+        self._hint = todo = hint(str(error), tls=self._policy.tls) or self._hint
+        return UnavailableError(f"{self._policy.address}: {trouble}: " + (f"{todo} ({error})" if todo else str(error)))

@@ -23,6 +23,7 @@ from streamflow.config import StageSettings
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
 from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.host.watching import StageWatch
+from streamflow.rpc.key_file import KeyFile
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import configure_logging, get_logger
 from streamflow.telemetry.metrics import registry, serving
@@ -114,6 +115,8 @@ async def serve(
     """Serves a loaded stage until SIGTERM, SIGINT or cancellation; closes the transport."""
     async with AsyncExitStack() as resources:
         resources.push_async_callback(transport.close)
+        # The stages' own calls are for operators: pictures come through the streams.
+        keys = await resources.enter_async_context(KeyFile(settings.api_keys_file))
         metrics, tracing = registry(), open_tracing(settings.traces, service=service.stage.service)
         resources.callback(tracing.close)
         watch = StageWatch(service.stage, metrics, tracing, model=stage.card.name)
@@ -133,7 +136,8 @@ async def serve(
         )
         watch.show(control.worker.info)
         resources.enter_context(serving(metrics, host=settings.host, port=settings.metrics_port))
-        server = RpcServer(settings, services=[service.servicer(stage, control)], on_drain=_ending(control))
+        services = [service.servicer(stage, control)]
+        server = RpcServer(settings, services=services, keys=keys, on_drain=_ending(control))
         await resources.enter_async_context(server)
         control.address = server.address
         beside = [stage.watch(hung_after_s=_HUNG_PART * settings.progress_timeout_s)]

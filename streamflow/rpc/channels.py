@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +37,14 @@ class Target:
     Attributes:
         address: "host:port", or what else gRPC resolves, such as "dns:///gateway:50051".
         tls: encrypt; `root_ca` (PEM) says whom to trust in place of the system's authorities, and implies `tls`.
+        server_name: what the server's certificate must name, where that is not the host of `address`.
         max_message_bytes: largest message either way.
     """
 
     address: str
     tls: bool = False
     root_ca: bytes | None = None
+    server_name: str = ""
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
 
     @property
@@ -51,23 +54,30 @@ class Target:
             return None
         return grpc.ssl_channel_credentials(root_certificates=self.root_ca)
 
+    def options(self, given: Sequence[tuple[str, Any]] | None = None) -> list[tuple[str, Any]]:
+        """Of a channel: `channel_options` where none are given, and the server's name."""
+        options = channel_options(self.max_message_bytes) if given is None else given
+        return [*options, *([("grpc.ssl_target_name_override", self.server_name)] if self.server_name else [])]
 
-def open_channel(target: Target) -> grpc.Channel:
-    """A channel for calls that block; close it, or use it as a context manager."""
-    options = channel_options(target.max_message_bytes)
-    credentials = target.credentials
+
+def open_channel(target: Target, options: Sequence[tuple[str, Any]] | None = None) -> grpc.Channel:
+    """A channel for calls that block; close it, or use it as a context manager.
+
+    Args:
+        options: in place of `channel_options`.
+    """
+    credentials, given = target.credentials, target.options(options)
     if credentials is None:
-        return grpc.insecure_channel(target.address, options=options)
-    return grpc.secure_channel(target.address, credentials, options=options)
+        return grpc.insecure_channel(target.address, options=given)
+    return grpc.secure_channel(target.address, credentials, options=given)
 
 
-def open_aio_channel(target: Target) -> grpc.aio.Channel:
-    """A channel for asyncio; it belongs to the running event loop."""
-    options = channel_options(target.max_message_bytes)
-    credentials = target.credentials
+def open_aio_channel(target: Target, options: Sequence[tuple[str, Any]] | None = None) -> grpc.aio.Channel:
+    """A channel for asyncio; it belongs to the running event loop. Arguments are those of `open_channel`."""
+    credentials, given = target.credentials, target.options(options)
     if credentials is None:
-        return grpc.aio.insecure_channel(target.address, options=options)
-    return grpc.aio.secure_channel(target.address, credentials, options=options)
+        return grpc.aio.insecure_channel(target.address, options=given)
+    return grpc.aio.secure_channel(target.address, credentials, options=given)
 
 
 def key_metadata(api_key: str | None) -> tuple[tuple[str, str], ...]:

@@ -23,6 +23,7 @@ from streamflow.errors import (
     InvalidRequestError,
     JobCancelledError,
     NotFoundError,
+    PermissionDeniedError,
     StreamFlowError,
     UnauthenticatedError,
     UnavailableError,
@@ -42,7 +43,7 @@ _CLASSES: Mapping[str, type[StreamFlowError]] = {
     "NOT_FOUND": NotFoundError,
     "ALREADY_EXISTS": AlreadyExistsError,
     "UNAUTHENTICATED": UnauthenticatedError,
-    "PERMISSION_DENIED": UnauthenticatedError,
+    "PERMISSION_DENIED": PermissionDeniedError,
     "UNAVAILABLE": UnavailableError,
     "CANCELLED": JobCancelledError,
     "DEADLINE_EXCEEDED": DeadlineError,
@@ -68,7 +69,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     if not isinstance(error, StreamFlowError):
         _log.error("unexpected error in a call", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, NEUTRAL_MESSAGE)
-    await context.abort(status_of(error), _cut(str(error)), _trailers(error))
+    if error.for_clients:
+        _log.warning("a call cannot be answered: %s", error)
+    await context.abort(status_of(error), _cut(error.for_clients or str(error)), _trailers(error))
 
 
 def status_of(error: StreamFlowError) -> grpc.StatusCode:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import aclosing
 from typing import Any
 
@@ -12,8 +12,8 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from streamflow.errors import InvalidRequestError, UnauthenticatedError
-from streamflow.rpc.auth import ApiKeys
+from streamflow.errors import InvalidRequestError, PermissionDeniedError, UnauthenticatedError
+from streamflow.rpc.auth import Keys
 from streamflow.rpc.errors import abort
 
 Handler = Any  # grpc.RpcMethodHandler; its stubs know the synchronous signatures only
@@ -24,20 +24,32 @@ HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 
 class Authenticator(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Refuses calls without a known key; health is the only exception."""
+    """Refuses calls without a known key; health is the only exception.
 
-    def __init__(self, keys: ApiKeys) -> None:
-        self._keys = keys
+    Args:
+        for_tenants: the methods, as `/service/method`, that any known key opens; all others take an operator's.
+    """
+
+    def __init__(self, keys: Keys, for_tenants: Collection[str]) -> None:
+        self._keys, self._for_tenants = keys, frozenset(for_tenants)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
     ) -> Handler:
-        if not handler_call_details.method.startswith(HEALTH_PREFIX):
-            try:
-                self._keys.tenant(handler_call_details.invocation_metadata)
-            except UnauthenticatedError as error:
-                return _refusal(error)
+        try:
+            self._check(handler_call_details)
+        except UnauthenticatedError as error:
+            return _refusal(error)
         return await continuation(handler_call_details)
+
+    def _check(self, call: grpc.HandlerCallDetails) -> None:
+        if call.method.startswith(HEALTH_PREFIX):
+            return
+        caller = self._keys.caller(call.invocation_metadata)
+        if call.method not in self._for_tenants and not caller.operator:
+            raise PermissionDeniedError(
+                "only an operator's key opens this call; `streamflow keys create NAME --operator` makes one"
+            )
 
 
 class RequestParser(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

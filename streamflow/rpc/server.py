@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 from streamflow.config import Settings
 from streamflow.errors import UnavailableError
 from streamflow.ports import free_port, join, local_addresses
-from streamflow.rpc.auth import ApiKeys
+from streamflow.rpc.auth import Keys
 from streamflow.rpc.health import Health
 from streamflow.rpc.interceptors import Authenticator, CallTimer, RequestParser
 from streamflow.telemetry import get_logger
@@ -46,11 +46,16 @@ OnDrain = Callable[[float], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One gRPC service: its full name, the generated function that adds it, and what answers its calls."""
+    """One gRPC service: its full name, the generated function that adds it, and what answers its calls.
+
+    Attributes:
+        for_tenants: names of the methods that any known key opens. Those that nobody put here take an operator's key.
+    """
 
     name: str
     add: Callable[[Any, Any], None]
     servicer: object
+    for_tenants: frozenset[str] = frozenset()
 
 
 class RpcServer:
@@ -59,8 +64,8 @@ class RpcServer:
     Args:
         settings: address, limits, reflection, grace period.
         services: what it serves.
-        keys: API keys that calls must carry.
-        credentials: for TLS; see `server_credentials`.
+        keys: of which every call must carry one; None = no keys are asked for.
+        credentials: for TLS; see `certificates.CertificateFiles`.
         on_call: told of every call's method, status and seconds when it is over.
         on_drain: see OnDrain; runs while calls under way go on and new ones are refused.
         health_port: health alone is answered on this port as well, never encrypted, until all else has ended; 0 = none.
@@ -71,7 +76,7 @@ class RpcServer:
         settings: Settings,
         *,
         services: Sequence[Service],
-        keys: ApiKeys | None = None,
+        keys: Keys | None = None,
         credentials: grpc.ServerCredentials | None = None,
         on_drain: OnDrain | None = None,
         on_call: Callable[[str, str, float], None] | None = None,
@@ -84,9 +89,13 @@ class RpcServer:
         self._health = Health()
         self._stop = asyncio.Event()
         self._draining = False
-        # The first one is the outermost.
-        interceptors: list[Any] = [CallTimer(on_call)] if on_call else []
-        interceptors += [Authenticator(keys), RequestParser()] if keys else [RequestParser()]
+        interceptors: list[Any] = [RequestParser()]
+        if keys is not None:
+            for_tenants = {f"/{service.name}/{method}" for service in services for method in service.for_tenants}
+            interceptors.insert(0, Authenticator(keys, for_tenants))
+        if on_call is not None:
+            # The first one is the outermost.
+            interceptors.insert(0, CallTimer(on_call))
         self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings.max_message_bytes))
         for service in services:
             service.add(service.servicer, self._server)
@@ -194,11 +203,6 @@ def _listen(
             f"cannot listen on {join(host, port)}{reason}: choose another host or port ({hint})"
         ) from error
     return taken
-
-
-def server_credentials(cert: bytes, key: bytes) -> grpc.ServerCredentials:
-    """TLS with a certificate chain and its key, both PEM."""
-    return grpc.ssl_server_credentials([(key, cert)])
 
 
 async def _run(on_drain: OnDrain, grace_s: float) -> None:

@@ -30,7 +30,7 @@ class Backoff:
 
     def next_s(self) -> float:
         # Jitter, so that workers which failed together do not return together.
-        return self._longest_s * random.uniform(0.5, 1.0)
+        return self._longest_s * random.uniform(0.5, 1.0)  # nosec B311
 
     @property
     def _longest_s(self) -> float:

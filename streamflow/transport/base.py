@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Protocol
 
-from streamflow.types import Failure, JobState, Stage, WorkerInfo
+from streamflow.types import NO_QUOTA, Failure, JobState, Quota, Stage, WorkerInfo
 
 Payload = Mapping[str, bytes]
 """What one stage tells the next: references to blobs and small tensors, by name."""
@@ -69,6 +69,7 @@ class NewJob:
         reserved_bytes: what its results may take.
         watch_lease_s: the job is cancelled when nobody has watched it for so long; None = detached.
         nonce: of the call that admits it, so that a retry of it after a lost reply is not taken for somebody else's.
+        quota: the tenant's own, in place of what `Limits` says of every tenant.
     """
 
     id: str
@@ -83,6 +84,7 @@ class NewJob:
     watch_lease_s: float | None = None
     traceparent: str = ""
     nonce: str = ""
+    quota: Quota = NO_QUOTA
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -169,6 +171,14 @@ class Limits:
     max_tenant_jobs: int | None = None
     max_reserved_bytes: int = 512 * 2**20
     tenant_images_per_minute: float = 0.0
+
+    def jobs_of(self, quota: Quota) -> int:
+        """Most unfinished jobs of a tenant."""
+        return (self.max_tenant_jobs if quota.jobs is None else quota.jobs) or self.max_jobs
+
+    def images_per_minute_of(self, quota: Quota) -> float:
+        """Of a tenant; 0 = any number."""
+        return self.tenant_images_per_minute if quota.images_per_minute is None else quota.images_per_minute
 
 
 @dataclass(frozen=True, slots=True)

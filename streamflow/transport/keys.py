@@ -11,7 +11,7 @@ from streamflow.model_names import DEPLOYMENT
 from streamflow.types import Stage
 
 # What every script gets as KEYS, in the order in which scripts/common.lua names them.
-_SHARED = ("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead", "tenants")
+SHARED = ("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead", "tenants")
 
 
 class Keys:
@@ -26,10 +26,10 @@ class Keys:
             raise ValueError(f"deployment: got {deployment!r}; allowed: 1 to 40 of A-Z a-z 0-9 _ -")
         self.prefix = f"sf:v1:{{{deployment}}}:"
         self.revision = revision
-        self.shared = tuple(self.prefix + name for name in _SHARED)
+        self.shared = tuple(self.prefix + name for name in SHARED)
 
     def __getattr__(self, name: str) -> str:
-        if name not in _SHARED:
+        if name not in SHARED:
             raise AttributeError(name)
         return self.prefix + name
 

@@ -329,7 +329,7 @@ class MemoryTransport:
         if len(open_jobs) >= self._limits.max_jobs:
             raise self._busy("jobs")
         of_tenant = sum(known.new.tenant == job.tenant for known in open_jobs)
-        if self._limits.max_tenant_jobs is not None and of_tenant >= self._limits.max_tenant_jobs:
+        if of_tenant >= self._limits.jobs_of(job.quota):
             raise self._busy("tenant_jobs")
         paced_s = self._paced(job)
         reserved_bytes = job.reserved_bytes // job.num_images * job.num_images
@@ -342,7 +342,7 @@ class MemoryTransport:
 
     def _paced(self, job: NewJob) -> float:
         """Until when the tenant's images would have been made, evenly, at the rate that it may have."""
-        now_s, per_minute = self._clock(), self._limits.tenant_images_per_minute
+        now_s, per_minute = self._clock(), self._limits.images_per_minute_of(job.quota)
         paced_s = max(now_s, self._state.paced[job.tenant])
         if per_minute:
             paced_s += 60 * job.num_images / per_minute

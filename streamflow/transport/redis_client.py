@@ -21,6 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError
 from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
+from streamflow.transport.redis_access import RedisAccess
 
 Argument = str | bytes | int | float
 
@@ -31,12 +32,24 @@ CONNECTION_WAIT_S = 20.0
 # or becomes one during a blocked read.
 _NOT_NOW = ("LOADING", "UNBLOCKED", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
 
+# Of a user without the right, outside of a script and inside of one (which Redis 7 puts into other words).
+_NOT_ALLOWED = ("NOPERM", "no permissions", "user executing the script")
 
-def connect(url: str) -> redis.Redis:
+
+def connect(access: RedisAccess | str) -> redis.Redis:
     """A client with a pool of connections. Every command is sent up to 4 times within about a second.
 
     More calls at once than there are connections wait for one: each call is short, or blocks for 2 s at most.
+
+    Args:
+        access: a string is a URL.
+
+    Raises:
+        InvalidRequestError: see `RedisAccess.check`.
     """
+    access = RedisAccess(access) if isinstance(access, str) else access
+    access.check()
+    url, options = access.connection_options()
     pool = redis.BlockingConnectionPool.from_url(
         url,
         max_connections=MAX_CONNECTIONS,
@@ -46,6 +59,9 @@ def connect(url: str) -> redis.Redis:
         socket_connect_timeout=2.0,
         health_check_interval=15,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), 3),
+        # Not CLIENT SETINFO at every connection, which takes a right that Redis 7.0 cannot even name.
+        driver_info=None,
+        **options,
     )
     return redis.Redis.from_pool(pool)
 
@@ -77,14 +93,24 @@ def _translated() -> Iterator[None]:
     except StreamFlowError:
         raise  # UnavailableError is an OSError as well
     except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-        raise UnavailableError(f"Redis cannot be reached: {error}") from error
+        raise _away(f"Redis cannot be reached: {error}") from error
     except ResponseError as error:
         # Redis 6.2 hides the kind of an error inside a script in its text.
         if isinstance(error, OutOfMemoryError) or "-OOM" in str(error):
             raise BusyError("the store is full; try again when results have been delivered") from error
         if isinstance(error, ReadOnlyError | MasterDownError) or any(word in str(error) for word in _NOT_NOW):
-            raise UnavailableError(f"Redis cannot take writes now: {error}") from error
+            raise _away(f"Redis cannot take writes now: {error}") from error
+        if any(word in str(error) for word in _NOT_ALLOWED):
+            hint = "give its user the rights that `streamflow redis-acl` lists for this kind of process"
+            raise _away(f"Redis does not let this process do its work: {error}; {hint}") from error
         raise
+
+
+def _away(message: str) -> UnavailableError:
+    """The message has addresses and users, which are nothing to a client."""
+    error = UnavailableError(message)
+    error.for_clients = "the store cannot be used now; try again in a moment"
+    return error
 
 
 class Calls:
@@ -115,5 +141,5 @@ class Calls:
         if name not in self._sources:
             folder = files("streamflow.transport.scripts")
             source = (folder / "common.lua").read_text() + (folder / f"{name}.lua").read_text()
-            self._sources[name] = source, hashlib.sha1(source.encode()).hexdigest()
+            self._sources[name] = source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
         return self._sources[name]

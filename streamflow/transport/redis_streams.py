@@ -33,6 +33,7 @@ from streamflow.transport.base import (
 from streamflow.transport.events import RedisEvents, follow
 from streamflow.transport.keys import Keys
 from streamflow.transport.policy import Policy
+from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_client import Calls, connect, redis_errors
 from streamflow.transport.refusals import busy, too_late
 from streamflow.transport.replies import (
@@ -89,7 +90,7 @@ class RedisTransport:
     @classmethod
     def from_url(
         cls,
-        url: str,
+        url: RedisAccess | str,
         *,
         deployment: str = "default",
         revision: str = "",
@@ -107,9 +108,8 @@ class RedisTransport:
             # What cannot be asked for by its job is of no use.
             tombstone_s=max(settings.job_keep_s, settings.result_keep_s),
         )
-        return cls.from_url(
-            settings.redis_url, deployment=settings.deployment, revision=revision, limits=limits, policy=policy
-        )
+        access = RedisAccess.of(settings)
+        return cls.from_url(access, deployment=settings.deployment, revision=revision, limits=limits, policy=policy)
 
     def __repr__(self) -> str:
         return f"RedisTransport({self._keys.prefix}, in hand: {sum(map(len, self._in_hand.values()))})"
@@ -136,9 +136,9 @@ class RedisTransport:
             job.traceparent,
             job.nonce,
             self._limits.max_jobs,
-            self._limits.max_jobs if self._limits.max_tenant_jobs is None else self._limits.max_tenant_jobs,
+            self._limits.jobs_of(job.quota),
             self._limits.max_reserved_bytes,
-            self._limits.tenant_images_per_minute,
+            self._limits.images_per_minute_of(job.quota),
         )
         if answer == b"exists":
             raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")

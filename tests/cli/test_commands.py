@@ -22,7 +22,7 @@ from streamflow.types import JobState
 from tests.client.deployment import Deployment, in_thread
 
 SHAPES = str(default_model().absolute())
-COMMANDS = ("up", "generate", "edit", "samplers", "status", "models", "jobs", "cancel")
+COMMANDS = ("up", "generate", "edit", "samplers", "status", "models", "jobs", "cancel", "redis-acl")
 
 
 @pytest.fixture

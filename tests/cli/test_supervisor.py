@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import redis
+import trustme
 
 from streamflow.cli.process import Command, Supervised
 from streamflow.cli.supervisor import LocalDeployment, serving
@@ -337,3 +338,29 @@ async def test_what_no_process_could_mend_is_refused_before_any_is_started(tmp_p
             with pytest.raises(StreamFlowError, match=says):
                 async with LocalDeployment(model=SHAPES, **options):  # type: ignore[arg-type]
                     raise AssertionError("it started")
+
+
+async def test_a_gateway_with_tls_is_probed_with_its_own_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of another Redis than the private one, which has a password of its own.
+    monkeypatch.setenv("STREAMFLOW_REDIS_PASSWORD_FILE", str(tmp_path / "nowhere"))
+    authority = trustme.CA()
+    issued = authority.issue_cert("gateway.example.org")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    lines: list[tuple[str, str]] = []
+    commands = {**LIGHT, "gateway": (sys.executable, "-m", "gateway")}
+    async with LocalDeployment(
+        model=SHAPES,
+        commands=commands,
+        encoders=0,
+        denoisers=0,
+        decoders=0,
+        settings={"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"},
+        on_line=lambda name, line: lines.append((name, line)),
+    ) as deployment:
+        assert deployment.tls_cert == tmp_path / "cert.pem"
+        await deployment.restart("gateway")
+    # Nobody knocked without TLS, which gRPC would complain about.
+    assert not [line for _, line in lines if "handshake" in line.lower() or "ssl" in line.lower()]

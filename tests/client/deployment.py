@@ -18,10 +18,9 @@ import numpy as np
 from PIL import Image
 
 from gateway.models import Models, Served
-from gateway.servicer import GatewayServicer
+from gateway.servicer import FOR_TENANTS, GatewayServicer
 from streamflow.config import GatewaySettings
 from streamflow.rpc import convert
-from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import Counters
 from streamflow.transport.base import Entry, Limits
@@ -29,6 +28,7 @@ from streamflow.transport.memory import MemoryTransport
 from streamflow.types import Failure, ImageFormat, JobState, Stage, WorkerInfo
 from streamflow.v1 import gateway_pb2_grpc, types_pb2
 from tests.cards import CARD
+from tests.keys import api_keys
 
 Answer = TypeVar("Answer")
 
@@ -211,10 +211,11 @@ class Deployment:
         settings = GatewaySettings(
             host="127.0.0.1", port=self.port, reap_interval_s=0.1, drain_grace_s=0.2, watch_lease_s=self._watch_lease_s
         )
-        counters, keys = Counters(), ApiKeys.parse(self._keys) if self._keys else ApiKeys()
+        counters, keys = Counters(), api_keys(self._keys)
         models = Models([Served.over(self.transport, card=CARD, settings=settings, counters=counters)])
         servicer = GatewayServicer(models, settings=settings, keys=keys, counters=counters)
-        service = Service("streamflow.v1.Gateway", gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
+        name = "streamflow.v1.Gateway"
+        service = Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, FOR_TENANTS)
         server = RpcServer(settings, services=[service], keys=keys, on_drain=models.drain)
         await self.transport.register(DENOISER, lease_s=600)
         await server.__aenter__()

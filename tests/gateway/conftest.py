@@ -16,11 +16,10 @@ import pytest
 from PIL import Image
 
 from gateway.models import Models, Served
-from gateway.servicer import GatewayServicer
+from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
 from streamflow.config import GatewaySettings
 from streamflow.rpc import convert
-from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.channels import Target, open_aio_channel
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import Counters
@@ -32,6 +31,7 @@ from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Failure, Stage
 from streamflow.v1 import gateway_pb2_grpc, types_pb2
 from tests.cards import CARD
+from tests.keys import api_keys
 
 NAME = "streamflow.v1.Gateway"
 KEYS = "key-alice alice\nkey-bob bob\n"
@@ -123,15 +123,15 @@ class Deployment:
         values = {"host": "localhost", "port": 0, "reap_interval_s": 0.1, "drain_grace_s": 0.5, **options}
         settings = GatewaySettings(**values)
         counters = Counters()
-        api_keys = ApiKeys.parse(keys) if keys else ApiKeys()
+        known = api_keys(keys)
         cards = {CARD: self, **{replace(CARD, name=name): each for name, each in (more or {}).items()}}
         served = [
             Served.over(each.transport, card=card, settings=settings, counters=counters) for card, each in cards.items()
         ]
         models = Models(served)
-        servicer = GatewayServicer(models, settings=settings, keys=api_keys, counters=counters)
-        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
-        server = RpcServer(settings, services=[service], keys=api_keys, on_drain=models.drain)
+        servicer = GatewayServicer(models, settings=settings, keys=known, counters=counters)
+        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, FOR_TENANTS)
+        server = RpcServer(settings, services=[service], keys=known, on_drain=models.drain)
         await self._stack.enter_async_context(server)
         transports = [each.transport for each in served]
         self.start(keep_up(transports, server, every_s=settings.reap_interval_s, stop=self._stop), "upkeep")

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import grpc.aio
+import psutil
 import pytest
 import redis.asyncio as redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -22,6 +23,7 @@ from gateway.__main__ import main
 from streamflow.errors import UnavailableError
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+from tests.keys import key_lines
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -123,13 +125,30 @@ async def test_every_model_has_a_deployment_of_its_own(run, checkpoint, redis_ur
 
 
 async def test_keys_come_from_a_file(run, tmp_path):
-    (tmp_path / "keys").write_text("key-alice alice\n")
-    async with run("--api-keys-file", tmp_path / "keys") as (_, channel):
+    (tmp_path / "keys").write_text(key_lines("key-alice alice\n"))
+    async with run("--api-keys-file", tmp_path / "keys") as (process, channel):
         stub = gateway_pb2_grpc.GatewayStub(channel)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.ListModels(gateway_pb2.ListModelsRequest())
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert (await stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=key_metadata("key-alice"))).models
+        # A key is exchanged while it serves.
+        (tmp_path / "keys").write_text(key_lines("key-alice-2 alice\n"))
+        assert (await process.log("api keys read again"))["keys"] == 1
+        assert (await stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=key_metadata("key-alice-2"))).models
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ListModels(gateway_pb2.ListModelsRequest(), metadata=key_metadata("key-alice"))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_what_decodes_pictures_dies_with_a_killed_gateway(run):
+    async with run() as (process, _):
+        gateway = psutil.Process(process.process.pid)
+        async with asyncio.timeout(30):
+            while len(children := gateway.children()) < 2:  # noqa: ASYNC110 nothing tells when they are there
+                await asyncio.sleep(0.05)
+        process.process.kill()
+        assert (await asyncio.to_thread(psutil.wait_procs, children, 10))[1] == []
 
 
 async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):

@@ -14,7 +14,7 @@ from streamflow.config import Settings
 from streamflow.rpc.channels import Target, open_aio_channel
 from streamflow.rpc.errors import rpc_errors
 from streamflow.rpc.server import RpcServer, Service
-from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
+from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
 NAME = "streamflow.v1.Gateway"
 
@@ -31,7 +31,7 @@ class Answering(gateway_pb2_grpc.GatewayServicer):
         async with rpc_errors(context):
             if self.error is not None:
                 raise self.error
-            return gateway_pb2.Job(request_id=request.request_id)
+            return gateway_pb2.Job(request_id=request.request_id, state=types_pb2.JOB_STATE_QUEUED)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         async with rpc_errors(context):
@@ -69,7 +69,8 @@ def serve(servicer: Answering) -> Serve:
         **settings: Any,
     ) -> AsyncIterator[tuple[RpcServer, grpc.aio.Channel]]:
         values = {"host": "localhost", "port": 0, "drain_grace_s": 5.0, **settings}
-        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer)
+        for_tenants = frozenset({"GetJob", "Watch", "Generate"})
+        service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, for_tenants)
         server = RpcServer(
             Settings(**values),
             services=[service],

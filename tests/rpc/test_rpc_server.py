@@ -12,17 +12,18 @@ import grpc.aio
 import pytest
 import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from streamflow.config import Settings
 from streamflow.errors import InvalidRequestError, UnauthenticatedError, UnavailableError
 from streamflow.ports import free_port
-from streamflow.rpc.auth import ApiKeys
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel, open_channel
 from streamflow.rpc.errors import from_rpc_error
 from streamflow.rpc.probe import is_ready
-from streamflow.rpc.server import RpcServer, server_credentials
+from streamflow.rpc.server import RpcServer
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
+from tests.keys import api_keys
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -156,7 +157,7 @@ async def test_reflection_only_when_asked_for(serve):
         assert NAME in await asyncio.to_thread(services, server.address)
 
 
-KEYS = ApiKeys.parse("# comment\n\nkey-one alice\nkey-two bob\n")
+KEYS = api_keys("key-one alice\nkey-two bob\n")
 
 
 @pytest.mark.parametrize(
@@ -186,40 +187,21 @@ async def test_health_needs_no_key_and_a_known_key_opens_the_rest(serve):
         assert await get_job(channel, metadata=key_metadata("key-two")) == "x"
 
 
-async def test_reflection_needs_a_key(serve):
-    def services(address: str) -> None:
+async def test_reflection_needs_an_operators_key(serve):
+    def services(address: str, *metadata: tuple[str, str]) -> list[str]:
         with open_channel(Target(address)) as channel:
-            ProtoReflectionDescriptorDatabase(channel).get_services()
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = reflection_pb2.ServerReflectionRequest(list_services="")
+            [answer] = stub.ServerReflectionInfo(iter([asked]), metadata=metadata)
+            return [service.name for service in answer.list_services_response.service]
 
-    async with serve(keys=KEYS, reflection=True) as (server, _):
-        with pytest.raises(grpc.RpcError) as caught:
-            await asyncio.to_thread(services, server.address)
-    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
-
-
-async def test_keys_name_their_tenant_and_never_show():
-    assert KEYS.tenant(key_metadata("key-one")) == "alice"
-    assert KEYS.tenant(key_metadata("key-two")) == "bob"
-    assert ApiKeys().tenant(()) == ""
-    assert "key-one" not in repr(KEYS)
-
-
-@pytest.mark.parametrize("text", ["", "# none\n", "key", "key bad/tenant", "key ten ant", f"key {'t' * 41}"])
-async def test_a_key_file_that_cannot_be_read_says_so(text):
-    with pytest.raises(ValueError, match="API keys"):
-        ApiKeys.parse(text)
-
-
-async def test_tls(serve):
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
-    credentials = server_credentials(chain, certificate.private_key_pem.bytes())
-    async with serve(credentials=credentials, root_ca=authority.cert_pem.bytes()) as (server, channel):
-        assert await get_job(channel) == "x"
-        async with open_aio_channel(Target(server.address, root_ca=trustme.CA().cert_pem.bytes())) as stranger:
-            with pytest.raises(UnavailableError):
-                await get_job(stranger)
+    keys = api_keys("key-one alice\nkey-ops ops operator\n")
+    async with serve(keys=keys, reflection=True) as (server, _):
+        for metadata, code in (((), "UNAUTHENTICATED"), (key_metadata("key-one"), "PERMISSION_DENIED")):
+            with pytest.raises(grpc.RpcError) as caught:
+                await asyncio.to_thread(services, server.address, *metadata)
+            assert caught.value.code().name == code
+        assert NAME in await asyncio.to_thread(services, server.address, *key_metadata("key-ops"))
 
 
 async def test_probes_need_no_tls_on_a_port_that_answers_nothing_else(serve):
@@ -227,11 +209,11 @@ async def test_probes_need_no_tls_on_a_port_that_answers_nothing_else(serve):
     certificate = authority.issue_cert("localhost")
     chain = b"".join(blob.bytes() for blob in certificate.cert_chain_pems)
     encrypted = {
-        "credentials": server_credentials(chain, certificate.private_key_pem.bytes()),
+        "credentials": grpc.ssl_server_credentials([(certificate.private_key_pem.bytes(), chain)]),
         "root_ca": authority.cert_pem.bytes(),
     }
     port = free_port("localhost")
-    async with serve(**encrypted, keys=KEYS, health_port=port) as (server, _):
+    async with serve(**encrypted, keys=api_keys("key-one alice\n"), health_port=port) as (server, _):
         await server.set_ready(True)
         assert not await asyncio.to_thread(is_ready, server.address, NAME)
         assert await asyncio.to_thread(is_ready, f"localhost:{port}", NAME)

@@ -35,6 +35,23 @@ def test_png_and_raw_keep_every_byte() -> None:
     assert np.array_equal(np.frombuffer(raw, np.uint8).reshape(GRADIENT.shape), GRADIENT)
 
 
+def test_files_hold_a_picture_and_nothing_besides() -> None:
+    png, jpeg, webp = (encode_image(GRADIENT, kind) for kind in (ImageFormat.PNG, ImageFormat.JPEG, ImageFormat.WEBP))
+    chunks, at = [], 8
+    while at < len(png):
+        chunks.append(png[at + 4 : at + 8])
+        at += 12 + int.from_bytes(png[at : at + 4], "big")
+    assert {*chunks} == {b"IHDR", b"IDAT", b"IEND"}
+    # EXIF and ICC profiles of a JPEG are in application segments, of which JFIF's own is the first.
+    assert not any(jpeg.count(bytes([0xFF, marker])) for marker in range(0xE1, 0xF0))
+    assert webp[12:16] == b"VP8 "
+    assert len(webp) == 8 + int.from_bytes(webp[4:8], "little")
+    for data in (png, jpeg, webp):
+        with Image.open(io.BytesIO(data)) as image:
+            assert not image.getexif()
+            assert "icc_profile" not in image.info
+
+
 @pytest.mark.parametrize(("image_format", "name"), [(ImageFormat.JPEG, "JPEG"), (ImageFormat.WEBP, "WEBP")])
 def test_lossy_formats_stay_close_and_obey_quality(image_format: ImageFormat, name: str) -> None:
     fine, coarse = (encode_image(GRADIENT, image_format, quality=quality) for quality in (95, 20))

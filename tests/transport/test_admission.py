@@ -9,6 +9,7 @@ import pytest
 
 from streamflow.errors import BusyError, DeadlineError, NotFoundError
 from streamflow.transport.base import Limits, Transport
+from streamflow.types import Quota
 from tests.transport.worlds import ENCODE, FAST, denoiser, new_job, take
 
 
@@ -177,6 +178,24 @@ async def test_a_tenant_may_have_so_many_jobs_at_once(world):
     await transport.admit(new_job("e", tenant="t"))
     with pytest.raises(BusyError):
         await transport.admit(new_job("f", tenant="t"))
+
+
+async def test_a_tenant_may_have_a_quota_of_its_own(world):
+    transport = world.open(limits=Limits(max_tenant_jobs=1, tenant_images_per_minute=10))
+    generous, strict = Quota(jobs=2, images_per_minute=20), Quota(images_per_minute=4)
+    for job_id in ("a", "b"):
+        await transport.admit(new_job(job_id, num_images=8, tenant="t", quota=generous))
+    with pytest.raises(BusyError, match="jobs of yours"):
+        await transport.admit(new_job("c", tenant="t", quota=generous))
+    with pytest.raises(BusyError, match="in a minute"):
+        await transport.admit(new_job("d", num_images=5, tenant="strict", quota=strict))
+    await transport.admit(new_job("d", num_images=4, tenant="strict", quota=strict))
+    with pytest.raises(BusyError, match="jobs of yours"):
+        await transport.admit(new_job("e", tenant="strict", quota=strict))
+    # 0 = no limit of its own.
+    free = Quota(jobs=0, images_per_minute=0)
+    for job_id in ("f", "g", "h"):
+        await transport.admit(new_job(job_id, num_images=50, tenant="free", quota=free))
 
 
 async def test_a_call_whose_answer_was_lost_is_not_taken_for_somebody_elses(transport):

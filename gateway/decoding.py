@@ -1,0 +1,194 @@
+"""Pictures of clients, decoded away from the gateway: a file that breaks a decoder costs its own request.
+
+async with ImageDecoder(max_pixels=4_000_000) as decode:
+    images = await decode(request, width=512, height=512)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from gateway import frames
+from gateway.images import prepare_all
+from streamflow.config import environment_without_settings
+from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.processes import dying_with_parent
+from streamflow.rpc.errors import from_status
+from streamflow.telemetry import get_logger
+from streamflow.v1 import types_pb2
+
+# Decoding takes tens of megabytes at a time.
+DECODERS_AT_ONCE = 2
+
+_START_S = 60.0
+_TIMEOUT_S = 15.0
+_CPU_S = 10
+# For the decoder's own needs, and for a picture in a few forms at once: 16 bits, with transparency, turned, resized.
+_LEAST_BYTES, _BYTES_A_PIXEL = 192 * 2**20, 32
+
+_log = get_logger(__name__)
+
+
+class Decode(Protocol):
+    """Decodes the images of a request; answers by the fields of a JobSpec that refer to them."""
+
+    def __call__(
+        self, request: types_pb2.GenerateRequest, *, width: int, height: int
+    ) -> Awaitable[Mapping[str, bytes]]:
+        """Raises InvalidRequestError: see `streamflow.pictures.load_source`."""
+        ...
+
+
+class InThread:
+    """Decodes in this process: for pictures of one's own."""
+
+    def __init__(self, *, max_pixels: int) -> None:
+        self._max_pixels, self._at_once = max_pixels, asyncio.Semaphore(DECODERS_AT_ONCE)
+
+    async def __call__(self, request: types_pb2.GenerateRequest, *, width: int, height: int) -> Mapping[str, bytes]:
+        async with self._at_once:
+            return await asyncio.to_thread(
+                prepare_all, request, width=width, height=height, max_pixels=self._max_pixels
+            )
+
+
+class ImageDecoder:
+    """Decodes in processes that are kept warm; see `decode_child` for what they may do.
+
+    A process that dies, takes too long or answers nonsense is ended and replaced, and its request refused. Use it from
+    the main thread, because a child's life is tied to the thread that started it.
+
+    Args:
+        max_pixels: of a picture.
+        children: processes.
+        timeout_s, cpu_s: what the pictures of one request may take.
+        command: what runs a child.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_pixels: int,
+        children: int = DECODERS_AT_ONCE,
+        timeout_s: float = _TIMEOUT_S,
+        cpu_s: int = _CPU_S,
+        command: Sequence[str] = (sys.executable, "-m", "gateway.decode_child"),
+    ) -> None:
+        self._max_pixels, self._timeout_s = max_pixels, timeout_s
+        memory = _LEAST_BYTES + _BYTES_A_PIXEL * max_pixels
+        self._command = [*command, str(memory), str(cpu_s)]
+        self._children = [_Child(self._command) for _ in range(children)]
+        self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
+
+    async def __aenter__(self) -> Self:
+        for child in self._children:
+            self._idle.put_nowait(child)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(child.end() for child in self._children))
+
+    async def warm_up(self) -> None:
+        """Starts what is idle, so that no request waits for it."""
+        await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
+
+    async def __call__(self, request: types_pb2.GenerateRequest, *, width: int, height: int) -> Mapping[str, bytes]:
+        """See Decode.
+
+        Raises:
+            UnavailableError: no process can be started.
+        """
+        images = {"init": request.init_image, "mask": request.mask_image, "control": request.control.image}
+        size = {"width": width, "height": height, "max_pixels": self._max_pixels}
+        child = await self._idle.get()
+        try:
+            about, found = await self._ask(child, frames.pack(size, images))
+        except (TimeoutError, EOFError, OSError, ValueError) as error:
+            if isinstance(error, UnavailableError):
+                raise
+            _log.warning("a process that decodes pictures was lost to one", reason=type(error).__name__)
+            raise _too_much(images) from error
+        finally:
+            self._idle.put_nowait(child)
+        if "refused" in about:
+            raise from_status("INVALID_ARGUMENT", str(about["refused"]), dict(about.get("parts") or {}))
+        return found
+
+    async def _ask(self, child: _Child, frame: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
+        answered = False
+        try:
+            await child.start()
+            async with asyncio.timeout(self._timeout_s):
+                about, found = frames.unpack(await child.ask(frame))
+            answered = True
+            return about, found
+        finally:
+            # Whoever was broken off in the middle would answer the next request with what this one asked for.
+            if not answered:
+                child.kill()
+
+
+class _Child:
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._process: asyncio.subprocess.Process | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Where it does not run yet, or any more."""
+        async with self._starting:
+            if self._process is not None and self._process.returncode is None:
+                return
+            try:
+                async with asyncio.timeout(_START_S):
+                    self._process = await asyncio.create_subprocess_exec(
+                        *dying_with_parent(self._command),
+                        stdin=asyncio.subprocess.PIPE,
+                        stdout=asyncio.subprocess.PIPE,
+                        env=environment_without_settings(),
+                        start_new_session=True,  # Ctrl-C is the gateway's business
+                    )
+                    await self._read(self._process)
+            except (TimeoutError, EOFError, OSError, ValueError) as error:
+                self.kill()
+                raise UnavailableError("pictures cannot be decoded here now; try again in a moment") from error
+
+    async def ask(self, frame: bytes) -> bytes:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        process.stdin.write(frame)
+        await process.stdin.drain()
+        return await self._read(process)
+
+    def kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+        self._process = None
+
+    async def end(self) -> None:
+        process = self._process
+        self.kill()
+        if process is not None:
+            await process.wait()
+
+    async def _read(self, process: asyncio.subprocess.Process) -> bytes:
+        assert process.stdout is not None
+        prefix = await process.stdout.readexactly(frames.LENGTH.size)
+        return await process.stdout.readexactly(frames.body_size(prefix))
+
+
+def _too_much(images: Mapping[str, bytes]) -> InvalidRequestError:
+    names = {"init": "init_image", "mask": "mask_image", "control": "control.image"}
+    given = ", ".join(f"{len(data)} bytes of {names[name]}" for name, data in images.items() if data)
+    field = next(names[name] for name, data in images.items() if data)
+    allowed = "a picture that can be decoded in a few seconds and a little memory"
+    return InvalidRequestError(field, given, allowed, "save it again as a plain PNG or JPEG")

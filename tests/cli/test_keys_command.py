@@ -1,0 +1,102 @@
+"""`streamflow keys` on files, and what servers read in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from streamflow.cli.app import app
+from streamflow.rpc.auth import ApiKeys, Caller
+from streamflow.rpc.channels import key_metadata
+from streamflow.types import Quota
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STREAMFLOW_API_KEYS_FILE", str(tmp_path / "keys.txt"))
+    return tmp_path / "keys.txt"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["keys", *arguments])
+
+
+def created(*arguments: str) -> str:
+    result = run("create", *arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout.strip()
+
+
+def caller(file: Path, key: str) -> Caller:
+    return ApiKeys.parse(file.read_text()).caller(key_metadata(key))
+
+
+@pytest.mark.parametrize("command", ["create", "list", "revoke"])
+def test_every_command_teaches_by_examples(command: str) -> None:
+    assert f"streamflow keys {command}" in run(command, "--help").output.split("Examples:")[1]
+
+
+def test_a_key_is_shown_once_and_only_its_hash_is_kept(file: Path) -> None:
+    key = created("alice")
+    assert key.startswith("sf_")
+    assert len(key) > 40
+    assert key not in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert caller(file, key) == Caller("alice")
+
+
+def test_the_second_key_has_what_the_first_has_and_an_option_holds_for_both(file: Path) -> None:
+    first = created("alice", "--jobs", "4", "--images-per-minute", "30")
+    other, second = created("bob"), created("alice")
+    assert caller(file, first) == caller(file, second) == Caller("alice", quota=Quota(4, 30.0))
+    third = created("alice", "--jobs", "2", "--operator")
+    for key in (first, second, third):
+        assert caller(file, key) == Caller("alice", True, Quota(2, 30.0))
+    assert caller(file, other) == Caller("bob")
+
+
+def test_list_shows_ids_and_revoke_takes_them(file: Path) -> None:
+    first, second = created("alice", "--jobs", "4"), created("ops", "--operator")
+    file.write_text("# who gets what: ask the platform team\n" + file.read_text())
+    listed = json.loads(run("list", "--json").stdout)
+    assert [(one["tenant"], one["operator"], one["jobs"]) for one in listed] == [
+        ("alice", False, 4),
+        ("ops", True, None),
+    ]
+    assert all(one["id"] in run("list").stdout for one in listed)
+    assert run("revoke", listed[0]["id"]).exit_code == 0
+    assert file.read_text().startswith("# who gets what")
+    assert caller(file, second).operator
+    with pytest.raises(Exception, match="not known"):
+        caller(file, first)
+
+
+def test_what_cannot_be_done_is_said_in_one_line(file: Path, tmp_path: Path) -> None:
+    assert "keys create" in run("list").stderr
+    created("alice")
+    [only] = json.loads(run("list", "--json").stdout)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("secret alice\n")
+    for arguments, code, said in (
+        (("create", "no/body"), 2, "1 to 40"),
+        (("revoke", "abcdef"), 1, "keys list"),
+        (("revoke", only["id"]), 2, "make another one first"),
+        (("list", "--file", str(plain)), 2, "sha256sum"),
+        (("create", "bob", "--file", str(plain)), 2, "sha256sum"),
+        (("create", "bob", "--file", str(tmp_path / "nowhere" / "keys.txt")), 2, "can be written"),
+    ):
+        result = run(*arguments)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1), result.output
+        assert said in result.stderr
+        assert "secret" not in result.stderr
+    assert plain.read_text() == "secret alice\n"
+
+
+def test_a_file_keeps_its_mode(file: Path) -> None:
+    created("alice")
+    file.chmod(0o640)
+    created("bob")
+    assert file.stat().st_mode & 0o777 == 0o640

@@ -1,0 +1,165 @@
+"""Pictures that break decoders cost their own request, and neither the gateway nor the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import textwrap
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway import frames
+from gateway.decoding import ImageDecoder, InThread
+from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.stages.imaging import encode_image
+from streamflow.types import ImageFormat
+from streamflow.v1 import types_pb2
+
+MAX_PIXELS = 4_000_000
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+PICTURE = encode_image(NOISE, ImageFormat.PNG)
+GRAY = encode_image(np.repeat(NOISE[..., :1], 3, 2), ImageFormat.JPEG)
+REQUESTS = [
+    types_pb2.GenerateRequest(init_image=PICTURE),
+    types_pb2.GenerateRequest(init_image=GRAY, mask_image=PICTURE),
+    types_pb2.GenerateRequest(control=types_pb2.Control(image=PICTURE)),
+]
+REFUSED = [
+    types_pb2.GenerateRequest(init_image=b"GIF89a"),
+    types_pb2.GenerateRequest(init_image=PICTURE[:200]),
+    types_pb2.GenerateRequest(init_image=PICTURE, mask_image=encode_image(NOISE[:32], ImageFormat.PNG)),
+    types_pb2.GenerateRequest(control=types_pb2.Control(image=b"\0")),
+]
+
+# What a picture could make a decoder do; the real child, with one function of it exchanged.
+BROKEN = {
+    "hangs": "import time; time.sleep(60)",
+    "spins": "while True: pass",
+    "eats memory": "x = bytearray(2**40)",
+    "eats memory bit by bit": "x = []\n    while True: x.append(bytearray(2**20))",
+    "crashes": "import ctypes; ctypes.string_at(0)",
+    "exits": "import os; os._exit(0)",
+    "answers nonsense": "return b'\\5\\0\\0\\0hello'",
+    "answers without end": "return b'\\xff\\xff\\xff\\xff'",
+}
+
+
+def child(folder: Path, what: str) -> tuple[str, ...]:
+    """Breaks at every request whose init image is b"break"; the others it decodes."""
+    code = f"""
+import sys
+from gateway import decode_child, frames
+usual = decode_child.answer
+
+def breaks():
+    {what}
+
+def answer(body):
+    return breaks() if frames.unpack(body)[1]["init"] == b"break" else usual(body)
+
+decode_child.answer = answer
+decode_child.main(int(sys.argv[1]), int(sys.argv[2]))
+"""
+    (folder / "child.py").write_text(textwrap.dedent(code))
+    return (sys.executable, str(folder / "child.py"))
+
+
+@pytest.mark.parametrize("number", range(len(REQUESTS)))
+async def test_it_gives_what_decoding_here_gives(number):
+    request = REQUESTS[number]
+    expected = await InThread(max_pixels=MAX_PIXELS)(request, width=32, height=48)
+    async with ImageDecoder(max_pixels=MAX_PIXELS) as decode:
+        assert await decode(request, width=32, height=48) == expected
+        many = await asyncio.gather(*(decode(request, width=32, height=48) for _ in range(8)))
+    assert many == [expected] * 8
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+async def test_it_refuses_as_decoding_here_refuses(number):
+    errors = []
+    async with ImageDecoder(max_pixels=MAX_PIXELS) as there:
+        for decode in (there, InThread(max_pixels=MAX_PIXELS)):
+            with pytest.raises(InvalidRequestError) as caught:
+                await decode(REFUSED[number], width=32, height=32)
+            error = caught.value
+            errors.append((str(error), error.field, error.given, error.allowed, error.hint))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("what", BROKEN.values(), ids=BROKEN.keys())
+async def test_what_breaks_a_decoder_costs_its_own_request(tmp_path, monkeypatch, what):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = child(tmp_path, what)
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, timeout_s=3.0, cpu_s=1, command=command) as decode:
+        with pytest.raises(InvalidRequestError, match="init_image: got '5 bytes"):
+            await decode(types_pb2.GenerateRequest(init_image=b"break"), width=32, height=32)
+        assert await decode(REQUESTS[0], width=32, height=32)
+
+
+async def test_a_request_that_is_broken_off_leaves_no_answer_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = child(tmp_path, "import time; time.sleep(60)")
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, command=command) as decode:
+        await decode.warm_up()
+        left = asyncio.create_task(decode(types_pb2.GenerateRequest(init_image=b"break"), width=32, height=32))
+        await asyncio.sleep(0.3)
+        left.cancel()
+        await asyncio.wait([left])
+        async with asyncio.timeout(10):
+            assert {*await decode(REQUESTS[0], width=32, height=32)} == {"init_image_blob"}
+
+
+def decoders() -> list[psutil.Process]:
+    """There may be a Redis of other tests beside them."""
+    return [one for one in psutil.Process().children() if "gateway.decode_child" in one.cmdline()]
+
+
+async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
+    monkeypatch.setenv("STREAMFLOW_REDIS_URL", "redis://:secret@host:1/0")
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=2) as decode:
+        await decode.warm_up()
+        children = decoders()
+        assert len(children) == 2
+        for _ in range(3):
+            await decode(REQUESTS[0], width=32, height=32)
+        assert decoders() == children
+        for one in children:
+            assert "secret" not in str(one.environ())
+            assert one.rlimit(psutil.RLIMIT_AS)[0] < 2**31
+            assert one.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+
+
+async def test_where_no_process_starts_the_client_may_come_again():
+    async with ImageDecoder(max_pixels=MAX_PIXELS, command=("/bin/false",)) as decode:
+        await decode.warm_up()
+        with pytest.raises(UnavailableError):
+            await decode(REQUESTS[0], width=32, height=32)
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.text(max_size=5), st.binary(max_size=50)), st.dictionaries(st.text(max_size=5), st.integers())
+)
+def test_a_frame_reads_as_it_was_written(blobs, about):
+    frame = frames.pack(about, blobs)
+    assert frames.body_size(frame[:4]) == len(frame) - 4
+    assert frames.unpack(frame[4:]) == (about, blobs)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_what_is_no_frame_is_refused_in_one_way(body):
+    with suppress(ValueError):
+        assert frames.pack(*frames.unpack(body))
+
+
+def test_a_frame_without_end_is_not_waited_for():
+    with pytest.raises(ValueError, match="allowed"):
+        frames.body_size(b"\xff\xff\xff\xff")

@@ -1,0 +1,79 @@
+"""How a process gets into Redis: what is refused beforehand, and that no password shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trustme
+
+from streamflow.config import Settings
+from streamflow.errors import InvalidRequestError
+from streamflow.transport.redis_access import RedisAccess
+from streamflow.transport.redis_client import connect
+
+SECRET = "correct-horse"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    certificate = trustme.CA().issue_cert("localhost")
+    (tmp_path / "password").write_text(SECRET + "\n")
+    (tmp_path / "empty").touch()
+    (tmp_path / "cert.pem").write_bytes(certificate.cert_chain_pems[0].bytes())
+    (tmp_path / "key.pem").write_bytes(certificate.private_key_pem.bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "said"),
+    [
+        ("redis://h:1/0", {"password_file": "nowhere"}, "redis_password_file"),
+        ("redis://h:1/0", {"password_file": "empty"}, "it is empty"),
+        (f"redis://u:{SECRET}@h:1/0", {"password_file": "password"}, "not in both"),
+        (f"redis://u:{SECRET}@h:1/0", {"ca": "cert.pem"}, "rediss://HOST"),
+        (f"rediss://u:{SECRET}@h:1/0", {"ca": "nowhere"}, "redis_ca"),
+        (f"rediss://u:{SECRET}@h:1/0", {"ca": "password"}, "redis_ca"),
+        (f"rediss://u:{SECRET}@h:1/0", {"cert": "cert.pem"}, "together with redis_key"),
+        (f"rediss://u:{SECRET}@h:1/0", {"cert": "cert.pem", "key": "password"}, "redis_cert"),
+        (f"http://u:{SECRET}@h:1/0", {}, "redis_url: got 'h:1'"),
+        (f"redis://u:{SECRET}@[bad", {}, r"redis_url: got '\[bad'"),
+        (f"redis://u:{SECRET}@h:port/0", {}, "redis_url"),
+        (f"x://u:{SECRET}@/path", {}, "redis_url: got '/path'"),
+    ],
+)
+def test_what_cannot_work_is_refused_without_telling_the_password(files, url, given, said):
+    access = RedisAccess(url, **{name: files / file for name, file in given.items()})
+    assert SECRET not in repr(access)
+    with pytest.raises(InvalidRequestError, match=said) as caught:
+        connect(access)
+    assert SECRET not in str(caught.value)
+
+
+def test_the_password_is_read_at_every_connection(files):
+    access = RedisAccess("redis://enc%40der@h:1/0?protocol=2", files / "password")
+    url, options = access.connection_options()
+    assert url == "redis://h:1/0?protocol=2"
+    provider = options["credential_provider"]
+    assert provider.get_credentials() == ("enc@der", SECRET)
+    (files / "password").write_text("another")
+    assert provider.get_credentials() == ("enc@der", "another")
+    assert RedisAccess("redis://h:1", files / "password").connection_options()[1][
+        "credential_provider"
+    ].get_credentials() == ("another",)
+
+
+def test_settings_name_all_of_it(files):
+    settings = Settings(
+        redis_url="rediss://h:1/0",
+        redis_password_file=files / "password",
+        redis_ca=files / "cert.pem",
+        redis_cert=files / "cert.pem",
+        redis_key=files / "key.pem",
+    )
+    access = RedisAccess.of(settings)
+    access.check()
+    options = access.connection_options()[1]
+    assert options["ssl_check_hostname"] is True
+    assert options["ssl_ca_certs"] == options["ssl_certfile"] == str(files / "cert.pem")
+    assert options["ssl_keyfile"] == str(files / "key.pem")
