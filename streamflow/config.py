@@ -114,6 +114,11 @@ class StageSettings(EngineSettings, ModelSettings, Settings):
     """What a stage's process needs besides."""
 
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
+    gpu: str = Field(
+        "auto",
+        description="Which of several GPUs it gets: number or UUID as nvidia-smi -L says; auto = the one with the "
+        "least work, by leases in Redis; none = no choice is made, all stay visible",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the networks; auto = float32 on a CPU, float16 on a GPU"
     )
@@ -264,6 +269,16 @@ def _lines(error: ValidationError) -> Iterator[tuple[str, str]]:
 def _refuse(lines: Iterable[str], program: str) -> NoReturn:
     print(*(f"{program}: {line}" for line in lines), sep="\n", file=sys.stderr)
     raise SystemExit(2)
+
+
+def visible_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES, where it is set."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def show_gpu(uuid: str) -> None:
+    """Lets CUDA see this one alone; for before it is asked for any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = uuid
 
 
 def child_environment(settings: Mapping[str, object]) -> dict[str, str]:

@@ -40,6 +40,14 @@ def up(
     deterministic: Annotated[bool | None, typer.Option(help="Equal bytes whatever runs beside.")] = None,
     slots: Annotated[int, typer.Option(min=0, help="Images in a denoiser's batch; 0 = its default.")] = 0,
     threads: Annotated[int | None, typer.Option(min=0, help="CPU threads of each stage; 0 = its default.")] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,...",
+            help="GPUs for the stages, by number or UUID as nvidia-smi -L says; each process gets one of them. By "
+            "default every process chooses the one with the least work.",
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="A log file for each process here, in place of lines on stderr.")
     ] = None,
@@ -55,14 +63,16 @@ def up(
         streamflow up --model checkpoints/stable-diffusion-3-medium --decoders 2
         streamflow up --model checkpoints/perflow-sd15 --flow perflow --adapters loras
         streamflow up --model models/shapes --model sd15=checkpoints/stable-diffusion-1.5
+        streamflow up --decoders 4 --denoisers 2 --gpus 0,1,2,3
         streamflow up --port 0 --redis-url redis://127.0.0.1:6379/0 --log-dir logs
     """
     import asyncio
 
     from streamflow.cli.model_settings import settings_of_first
     from streamflow.cli.supervisor import LocalDeployment
-    from streamflow.config import check_environment, default_model
+    from streamflow.config import check_environment, default_model, visible_gpus
     from streamflow.families.source import default_name
+    from streamflow.gpus import list_gpus, read_gpus, visible
     from streamflow.model_names import by_name, name_of, read_model
 
     given = {"deterministic": deterministic, "threads": threads}
@@ -83,6 +93,7 @@ def up(
         slots=slots,
         threads=threads,
         settings=settings_of_first(name, flow=flow, adapters=adapters, controls=controls),
+        gpus=[] if gpus is None else read_gpus(gpus, visible(list_gpus(), visible_gpus())),
         log_dir=log_dir,
         on_line=_print_supervisor if log_dir else _print_line,
     )
@@ -121,13 +132,14 @@ def _print_table(deployment: LocalDeployment) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    several = len(deployment.models) > 1
+    several, placed = len(deployment.models) > 1, any(map(deployment.gpu_of, deployment.processes))
     table = Table(title="StreamFlow is ready")
-    for column in ("process", "pid", "address", *(["model"] if several else [])):
+    for column in ("process", "pid", "address", *(["model"] if several else []), *(["GPU"] if placed else [])):
         table.add_column(column)
     for name, process in deployment.processes.items():
         model = [deployment.model_of(name)] if several else []
-        table.add_row(name, str(process.pid), deployment.addresses[name], *model)
+        gpu = [str(deployment.gpu_of(name) or "")] if placed else []
+        table.add_row(name, str(process.pid), deployment.addresses[name], *model, *gpu)
     console = Console()
     console.print(table)
     where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 from streamflow.config import StageSettings
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
+from streamflow.gpus import Gpu
 from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.rpc.server import RpcServer, Service
 from streamflow.telemetry import configure_logging, get_logger
@@ -56,8 +57,11 @@ class StageService(Generic[S, H]):
     suspend: Callable[[H], None] | None = None
 
 
-def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
+def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | None = None) -> None:
     """Runs the service until SIGTERM or SIGINT.
+
+    Args:
+        gpu: the one that was chosen for it, for the registry.
 
     Raises:
         SystemExit: with 1, when the model or the address cannot be used, or the stage cannot go on; the log says why.
@@ -68,7 +72,7 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
 
     failed: StreamFlowError | None = None
     try:
-        device = str(resolve_device(settings.device))
+        device = str(resolve_device(settings.device)) + (f" (GPU {gpu.number})" if gpu else "")
         set_threads(settings.threads, deterministic=settings.deterministic)
         stage = service.load(settings)
         leave_cores(stage.backend)
