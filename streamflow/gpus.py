@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +146,9 @@ def _listed_by_nvml(nvml: Any, index: int) -> Iterator[Gpu]:
     whole = nvml.nvmlDeviceGetHandleByIndex(index)
     parts = list(_mig_devices(nvml, whole))
     for number, device in [(f"{index}:{part}", device) for part, device in parts] or [(str(index), whole)]:
-        used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(device).used)
+        used_bytes = 0
+        with suppress(nvml.NVMLError):  # some share their memory with the processor, and tell none
+            used_bytes = int(nvml.nvmlDeviceGetMemoryInfo(device).used)
         yield Gpu(number, nvml.nvmlDeviceGetUUID(device), nvml.nvmlDeviceGetName(whole), used_bytes)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -45,6 +46,69 @@ def test_the_program_on_the_path_is_asked(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'has failed: no driver' >&2\nexit 9\n")
     assert list_gpus() == []
     (tmp_path / "nvidia-smi").unlink()
+    assert list_gpus() == []
+
+
+class Nvml(ModuleType):
+    """What we use of nvidia-ml-py, for three GPUs: an old one, one that is cut, one that could be and is not."""
+
+    NVML_DEVICE_MIG_ENABLE = 1
+
+    class NVMLError(Exception):
+        """Of the library."""
+
+    def __init__(self, *, driver: bool = True) -> None:
+        super().__init__("pynvml")
+        self._driver, self.open = driver, 0
+
+    def nvmlInit(self) -> None:
+        if not self._driver:
+            raise self.NVMLError("NVML Shared Library Not Found")
+        self.open += 1
+
+    def nvmlShutdown(self) -> None:
+        self.open -= 1
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 3
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return str(index)
+
+    def nvmlDeviceGetMigMode(self, device: str) -> list[int]:
+        if device == "0":
+            raise self.NVMLError("Not Supported")
+        return [int(device == "1"), 0]
+
+    def nvmlDeviceGetMaxMigDeviceCount(self, device: str) -> int:
+        return 7
+
+    def nvmlDeviceGetMigDeviceHandleByIndex(self, device: str, part: int) -> str:
+        if part not in (0, 2):
+            raise self.NVMLError("Not Found")
+        return f"{device}:{part}"
+
+    def nvmlDeviceGetMemoryInfo(self, device: str) -> SimpleNamespace:
+        return SimpleNamespace(used=100 + len(device))
+
+    def nvmlDeviceGetUUID(self, device: str) -> str:
+        return ("MIG-" if ":" in device else "GPU-") + device
+
+    def nvmlDeviceGetName(self, device: str) -> str:
+        return f"NVIDIA {device}"
+
+
+def test_nvml_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = Nvml()
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert list_gpus() == [
+        Gpu("0", "GPU-0", "NVIDIA 0", 101),
+        Gpu("1:0", "MIG-1:0", "NVIDIA 1", 103),
+        Gpu("1:2", "MIG-1:2", "NVIDIA 1", 103),
+        Gpu("2", "GPU-2", "NVIDIA 2", 101),
+    ]
+    assert nvml.open == 0
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(driver=False))
     assert list_gpus() == []
 
 

@@ -1,4 +1,4 @@
-"""What a stage does before it loads anything: `gpu_holder encode|denoise|decode`; ends with its standard input."""
+"""What a stage does before it loads anything: `gpu_holder encode|denoise|decode RENEW_EVERY_S`; ends with its input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streamflow.types import Stage
 
 if __name__ == "__main__":
     configure_logging(level="info", log_format="text", service=sys.argv[1])
-    with own_gpu(StageSettings(), Stage(sys.argv[1]), renew_every_s=0.3) as gpu:
+    with own_gpu(StageSettings(), Stage(sys.argv[1]), renew_every_s=float(sys.argv[2])) as gpu:
         told = {"number": gpu and gpu.number, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
         print(json.dumps({**told, "torch": "torch" in sys.modules}), flush=True)
         sys.stdin.read()

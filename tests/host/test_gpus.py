@@ -21,7 +21,8 @@ from streamflow.transport.embedded import EmbeddedRedis
 from tests import nvidia_smi
 
 REPOSITORY = Path(__file__).parents[2]
-LAPSE_S = 0.9
+RENEW_EVERY_S = 0.3
+LAPSE_S = 3 * RENEW_EVERY_S
 
 Start = Callable[..., "Holder"]
 
@@ -29,11 +30,11 @@ Start = Callable[..., "Holder"]
 class Holder:
     """A replica that has chosen its GPU and does nothing with it."""
 
-    def __init__(self, stage: str, environment: dict[str, str], log: Path) -> None:
+    def __init__(self, stage: str, environment: dict[str, str], log: Path, *, renew_every_s: float) -> None:
         self._log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.host.gpu_holder", stage],
+                [sys.executable, "-m", "tests.host.gpu_holder", stage, str(renew_every_s)],
                 cwd=REPOSITORY,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -65,7 +66,8 @@ class Holder:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with self.process:  # waits for it, and closes the pipes
+            pass
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +81,14 @@ def start(redis: EmbeddedRedis, tmp_path: Path, request: pytest.FixtureRequest) 
     holders: list[Holder] = []
     with ExitStack() as stack:
 
-        def start(stage: str = "denoise", *, gpus: int = 4, **settings: object) -> Holder:
+        def start(
+            stage: str = "denoise", *, gpus: int = 4, renew_every_s: float = RENEW_EVERY_S, **settings: object
+        ) -> Holder:
             cuda = {"CUDA_VISIBLE_DEVICES": str(settings.pop("visible"))} if "visible" in settings else {}
             own = {"redis_url": redis.url, "deployment": f"gpus-{len(request.node.name)}-{os.getpid()}", **settings}
             path = nvidia_smi.install(tmp_path / f"{gpus}-gpus", gpus) + os.pathsep + os.environ["PATH"]
             environment = {**child_environment(own), "PATH": path, **cuda}
-            holder = Holder(stage, environment, tmp_path / f"log-{len(holders)}")
+            holder = Holder(stage, environment, tmp_path / f"log-{len(holders)}", renew_every_s=renew_every_s)
             holders.append(holder)
             stack.callback(holder.kill)
             return holder
@@ -104,20 +108,20 @@ def test_a_denoiser_counts_for_more_than_decoders(start: Start) -> None:
 
 
 def test_the_gpu_of_a_killed_replica_is_free_when_its_lease_lapsed(start: Start) -> None:
-    first, _second, _third = (start(gpus=3) for _ in range(3))
-    taken = {holder.number(): holder for holder in (first, _second, _third)}
+    taken = {holder.number(): holder for holder in [start(gpus=3) for _ in range(3)]}
     assert set(taken) == {"0", "1", "2"}
-    # Renewed while they live.
+    # Renewed while they live: all are as full.
     time.sleep(2 * LAPSE_S)
-    taken["1"].kill()
-    beside = start("encode", gpus=3)
-    assert beside.number() == "0"
-    time.sleep(LAPSE_S + 0.3)
-    assert start(gpus=3).number() == "1"
+    assert start("encode", gpus=3).number() == "0"
+    taken["2"].kill()
+    time.sleep(LAPSE_S + 0.5)
+    # Were it still counted, it would be the second one.
+    assert start(gpus=3).number() == "2"
 
 
 def test_who_leaves_in_order_gives_back_at_once(start: Start) -> None:
-    holders = {holder.number(): holder for holder in [start(gpus=2), start(gpus=2)]}
+    started = [start(gpus=2, renew_every_s=60) for _ in range(2)]
+    holders = {holder.number(): holder for holder in started}
     holders["1"].leave()
     assert start(gpus=2).number() == "1"
 
