@@ -258,7 +258,8 @@ def test_images_start_the_service_as_nobody(compose: dict[str, Any], name: str) 
     assert f'"streamflow.rpc.probe", "127.0.0.1:{port}", "{full_name}"' in text
     [module] = re.findall(r'ENTRYPOINT \["/venv/bin/python", "-m", "(.*)"\]', text)
     # Compose starts the same, behind the shell that reads the password.
-    assert one["command"] == [module]
+    assert one["command"] == [module, "--model", "/model"]
+    assert one["volumes"][0] == "./models/shapes:/model:ro"
 
 
 @pytest.mark.parametrize("name", OURS)
