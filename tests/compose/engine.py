@@ -146,7 +146,12 @@ class Composition:
             self.compose("up", "-d", "--no-build", "--scale", f"{name}={count}")
 
     def down(self) -> None:
-        self.compose("down", "-v", "--remove-orphans", "-t", "40")
+        # podman-compose knows the first replica alone, and podman removes nothing that others stand on.
+        for needed in (False, True):
+            found = [one.id for one in self.containers(all_=True) if (one.service == "redis") == needed]
+            if found:
+                self._podman("rm", "-f", "-t", "40", *found)
+        self.compose("down", "-v")
 
     def containers(self, service: str = "", *, all_: bool = False) -> list[Container]:
         label = "com.docker.compose"
