@@ -3,14 +3,13 @@ local _, holder, weight, lease_s = unpack(ARGV, 1, 4)
 local load, mine = {}, nil
 for i = 5, #ARGV do load[ARGV[i]] = 0 end
 go_on_when_full()
-local leases = redis.call('HGETALL', GPUS)
-for i = 1, #leases, 2 do
-  local lapses, taken, gpu = string.match(leases[i + 1], '^(%S+) (%S+) (%S+)$')
-  if not lapses or tonumber(lapses) <= NOW then
-    redis.call('HDEL', GPUS, leases[i])
-  elseif leases[i] == holder then
+for _, value in ipairs(redis.call('HVALS', GPUS)) do
+  local name, lapses, taken, gpu = string.match(value, '^(%S+) (%S+) (%S+) (%S+)$')
+  if name and tonumber(lapses) <= NOW then
+    redis.call('HDEL', GPUS, name)
+  elseif name == holder then
     mine = gpu
-  elseif load[gpu] then
+  elseif load[gpu or ''] then
     load[gpu] = load[gpu] + taken
   end
 end
@@ -21,5 +20,5 @@ if not load[mine or ''] then
     if load[ARGV[i]] < load[mine] then mine = ARGV[i] end
   end
 end
-redis.call('HSET', GPUS, holder, seconds(NOW + lease_s) .. ' ' .. weight .. ' ' .. mine)
+redis.call('HSET', GPUS, holder, holder .. ' ' .. seconds(NOW + lease_s) .. ' ' .. weight .. ' ' .. mine)
 return mine
