@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-faults nightly gpu-check gpu-bench lint audit types protos check-protos model clean
+.PHONY: help demo test test-faults test-compose secrets nightly gpu-check gpu-bench lint audit types protos check-protos \
+	model clean
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,8 +31,15 @@ test: $(STAMP)  ## All tests, with real processes and a real Redis
 test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen under load; QUICK=1 for the short one
 	STREAMFLOW_QUICK=$(QUICK) $(BIN)/python -m pytest -m faults tests/faults $(FAULTS)
 
+test-compose: $(STAMP)  ## Build every image and run the composition, with kills; needs podman (docs/compose.md)
+	$(BIN)/python -m pytest -m compose tests/compose -s
+
+secrets:  ## The password files that docker-compose.yml mounts
+	sh deploy/secrets.sh
+
 nightly: $(STAMP)  ## What takes longer: graphs of every family, the full fault matrix, half an hour of soak, the fuzzers
 	$(BIN)/python -m pytest -m nightly
+	$(BIN)/python -m pytest -m compose tests/compose -s
 	STREAMFLOW_FAULTS_TABLE=docs/faults.md STREAMFLOW_SOAK_S=1800 $(BIN)/python -m pytest -m faults tests/faults
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	for target in request entry image; do $(BIN)/python -m tests.fuzz.fuzz_$$target -max_total_time=300 || exit 1; done

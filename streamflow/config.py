@@ -143,6 +143,11 @@ class StageSettings(EngineSettings, ModelSettings, Settings):
     """What a stage's process needs besides."""
 
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
+    gpu: str = Field(
+        "auto",
+        description="Which of several GPUs it gets: number or UUID as nvidia-smi -L says; auto = the one with the "
+        "least work, by leases in Redis; none = no choice is made, all stay visible",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto", description="Precision of the networks; auto = float32 on a CPU, float16 on a GPU"
     )
@@ -307,6 +312,16 @@ def _refuse(lines: Iterable[str], program: str) -> NoReturn:
 def environment_without_settings() -> dict[str, str]:
     """For a child that must know nothing of this deployment, and no password that is among its settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith("STREAMFLOW_")}
+
+
+def visible_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES, where it is set."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def show_gpu(uuid: str) -> None:
+    """Lets CUDA see this one alone; for before it is asked for any."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = uuid
 
 
 def child_environment(settings: Mapping[str, object]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Children that die with their parent, in whatever way it ends. Linux only.
+"""How processes end: children with their parent, in whatever way that ends (Linux only), and services at once.
 
 The kernel sends the signal when the *thread* that started the child ends, so start children in a thread that lives as
 long as they should.
@@ -7,10 +7,12 @@ long as they should.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
 
@@ -30,3 +32,21 @@ def dying_with_parent(argv: Sequence[str]) -> list[str]:
         "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
     )
     return [sys.executable, "-I", "-S", "-c", code, str(os.getpid()), *argv]
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """The process ends where this context does, with 0 or the code of a SystemExit; other errors go on.
+
+    For what has been stopped in order by then. The interpreter's own end would abort in a thread that is still inside a
+    network call, and takes longer than a drain to take apart what the libraries loaded.
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

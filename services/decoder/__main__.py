@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streamflow.config import StageSettings
+    from streamflow.gpus import Gpu
 
 
 def main() -> None:
@@ -11,11 +16,23 @@ def main() -> None:
     # First, so that --help and wrong values are answered at once.
     settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.decoder")
 
+    from streamflow.host.gpus import own_gpu
+    from streamflow.processes import ended_at_once
+    from streamflow.telemetry import configure_logging
+    from streamflow.types import Stage
+
+    configure_logging(level=settings.log_level, log_format=settings.log_format, service=Stage.DECODE.service)
+    # Before torch is imported: it sees this one alone.
+    with ended_at_once(), own_gpu(settings, Stage.DECODE) as gpu:
+        serve(settings, gpu)
+
+
+def serve(settings: StageSettings, gpu: Gpu | None) -> None:
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.decoder.handler import DecodeHandler
     from services.decoder.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_process
+    from streamflow.host.process import StageService, run_stage
     from streamflow.stages.decoder import DEFAULT_SLOTS, DecoderStage
     from streamflow.transport.base import Transport
     from streamflow.transport.worker import StageWorker
@@ -42,7 +59,11 @@ def main() -> None:
     async def previews(handler: DecodeHandler, worker: StageWorker) -> None:
         await handler.show_previews(idle=lambda: worker.in_hand == 0)
 
-    run_process(StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews), settings)
+    run_stage(
+        StageService(Stage.DECODE, load=load, handler=handler, servicer=service, background=previews),
+        settings,
+        gpu,
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streamflow.config import StageSettings
+    from streamflow.gpus import Gpu
 
 
 def main() -> None:
@@ -11,12 +16,24 @@ def main() -> None:
     # First, so that --help and wrong values are answered at once.
     settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.denoiser")
 
+    from streamflow.host.gpus import own_gpu
+    from streamflow.processes import ended_at_once
+    from streamflow.telemetry import configure_logging
+    from streamflow.types import Stage
+
+    configure_logging(level=settings.log_level, log_format=settings.log_format, service=Stage.DENOISE.service)
+    # Before torch is imported: it sees this one alone.
+    with ended_at_once(), own_gpu(settings, Stage.DENOISE) as gpu:
+        serve(settings, gpu)
+
+
+def serve(settings: StageSettings, gpu: Gpu | None) -> None:
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.denoiser.handler import DenoiseHandler
     from services.denoiser.metrics import watch_ticks
     from services.denoiser.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_process
+    from streamflow.host.process import StageService, run_stage
     from streamflow.stages.denoiser import DenoiserStage
     from streamflow.transport.base import Transport
     from streamflow.types import Stage
@@ -38,7 +55,7 @@ def main() -> None:
     def handler(stage: DenoiserStage, transport: Transport, settings: StageSettings) -> DenoiseHandler:
         return DenoiseHandler(stage, transport)
 
-    run_process(
+    run_stage(
         StageService(
             Stage.DENOISE,
             load=load,
@@ -48,6 +65,7 @@ def main() -> None:
             watch=watch_ticks,
         ),
         settings,
+        gpu,
     )
 
 

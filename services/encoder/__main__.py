@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streamflow.config import StageSettings
+    from streamflow.gpus import Gpu
 
 
 def main() -> None:
@@ -11,11 +16,23 @@ def main() -> None:
     # First, so that --help and wrong values are answered at once.
     settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.encoder")
 
+    from streamflow.host.gpus import own_gpu
+    from streamflow.processes import ended_at_once
+    from streamflow.telemetry import configure_logging
+    from streamflow.types import Stage
+
+    configure_logging(level=settings.log_level, log_format=settings.log_format, service=Stage.ENCODE.service)
+    # Before torch is imported: it sees this one alone.
+    with ended_at_once(), own_gpu(settings, Stage.ENCODE) as gpu:
+        serve(settings, gpu)
+
+
+def serve(settings: StageSettings, gpu: Gpu | None) -> None:
     # Imported here because the processes that a service starts import its main module again, and need none of it.
     from services.encoder.handler import EncodeHandler
     from services.encoder.servicer import service
     from streamflow.families.source import checkpoint_from
-    from streamflow.host.process import StageService, run_process
+    from streamflow.host.process import StageService, run_stage
     from streamflow.stages.encoder import DEFAULT_SLOTS, EncoderStage
     from streamflow.transport.base import Transport
     from streamflow.types import Stage
@@ -37,7 +54,7 @@ def main() -> None:
     def handler(stage: EncoderStage, transport: Transport, settings: StageSettings) -> EncodeHandler:
         return EncodeHandler(stage, transport, cache_s=settings.prompt_cache_s)
 
-    run_process(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), settings)
+    run_stage(StageService(Stage.ENCODE, load=load, handler=handler, servicer=service), settings, gpu)
 
 
 if __name__ == "__main__":

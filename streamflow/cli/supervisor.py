@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -35,6 +35,7 @@ from streamflow.config import (
 from streamflow.errors import InvalidRequestError, NotFoundError
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from, default_name
+from streamflow.gpus import WEIGHTS, Gpu, find, least_used, place
 from streamflow.model_names import write_models
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
 from streamflow.types import ModelCard
@@ -54,6 +55,8 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "decoder": (sys.executable, "-m", "services.decoder"),
 }
 
+_WEIGHTS = {stage.service: weight for stage, weight in WEIGHTS.items()}
+
 # What a process needs on top of its drain to end.
 _EXIT_S = 5.0
 
@@ -71,6 +74,7 @@ class LocalDeployment:
         deterministic, threads: of every stage; None = what its environment says.
         slots: of every denoiser; 0 = its default.
         settings: further settings for every process, by field name (see streamflow.config).
+        gpus: for the stages, each of which gets one; empty = every process chooses by itself.
         log_dir: a file for each process; None = no files.
         on_line: takes every line that a process writes, with its name.
         ready_timeout_s: for the start of a process; None = 3 minutes, or 2 hours where it makes its engines first.
@@ -98,6 +102,7 @@ class LocalDeployment:
         slots: int = 0,
         threads: int | None = None,
         settings: Mapping[str, object] = MappingProxyType({}),
+        gpus: Sequence[Gpu] = (),
         log_dir: Path | None = None,
         on_line: OnLine | None = None,
         ready_timeout_s: float | None = None,
@@ -106,7 +111,7 @@ class LocalDeployment:
     ) -> None:
         self._host, self._port, self._redis_url, self._data_dir = host, port, redis_url, data_dir
         self._replicas = {"encoder": encoders, "denoiser": denoisers, "decoder": decoders}
-        self._slots, self._commands = slots, commands
+        self._slots, self._commands, self._gpus = slots, commands, gpus
         given, called = {"deterministic": deterministic, "threads": threads}, default_name(Path(model))
         self._settings = {
             "model": folder_of(model),
@@ -131,6 +136,7 @@ class LocalDeployment:
         self._metrics: dict[str, str] = {}
         self._numbers = Counter[tuple[str, str]]()
         self._model_of: dict[str, str] = {}
+        self._gpu_of: dict[str, tuple[Gpu, float]] = {}
         self._stack = AsyncExitStack()
         self._tasks = asyncio.TaskGroup()
 
@@ -172,6 +178,10 @@ class LocalDeployment:
         """The model that a process works for; empty for those that work for all."""
         return self._model_of.get(name, "")
 
+    def gpu_of(self, name: str) -> Gpu | None:
+        """The GPU that a process was given."""
+        return self._gpu_of[name][0] if name in self._gpu_of else None
+
     @property
     def redis_url(self) -> str:
         if self._redis_url is None:
@@ -200,9 +210,7 @@ class LocalDeployment:
             else:
                 await self._check_redis(self._redis_url)
             names = [self._launch("gateway", "gateway", host=self._host, port=self._port or free_port(self._host))]
-            for model in self._models:
-                for kind, count in self._replicas.items():
-                    names += [self._launch_replica(kind, model) for _ in range(count)]
+            names += self._launch_replicas()
             await self.wait_ready(*names)
         except BaseException:
             await self._stack.aclose()
@@ -250,7 +258,7 @@ class LocalDeployment:
             raise InvalidRequestError("kind", kind, ", ".join(self._replicas))
         if model and model not in self._models:
             raise InvalidRequestError("model", model, ", ".join(self._models))
-        name = self._launch_replica(kind, model or self.models[0])
+        name = self._launch_replica(kind, model or self.models[0], self._least_used())
         await self.wait_ready(name)
         return name
 
@@ -258,7 +266,7 @@ class LocalDeployment:
         """SIGTERM; returns when it has ended. It is not started again."""
         await self._process(name).stop()
         del self._processes[name], self._addresses[name]
-        for known in (self._model_of, self._metrics):
+        for known in (self._model_of, self._gpu_of, self._metrics):
             known.pop(name, None)
 
     def _check_settings(self) -> None:
@@ -305,13 +313,30 @@ class LocalDeployment:
         given: dict[str, Any] = {name: value for name, value in self._settings.items() if name in OF_REDIS}
         await check_redis(RedisAccess.of(Settings(redis_url=url, **given)))
 
-    def _launch_replica(self, kind: str, model: str) -> str:
+    def _least_used(self) -> Gpu | None:
+        if not self._gpus:
+            return None
+        load: defaultdict[str, float] = defaultdict(float)
+        for gpu, weight in self._gpu_of.values():
+            load[gpu.uuid] += weight
+        return find(self._gpus, least_used([gpu.uuid for gpu in self._gpus], load))
+
+    def _launch_replicas(self) -> list[str]:
+        replicas = [(kind, model) for model in self._models for kind, n in self._replicas.items() for _ in range(n)]
+        placed: Sequence[Gpu | None] = [None] * len(replicas)
+        if self._gpus:
+            placed = place([_WEIGHTS[kind] for kind, _ in replicas], self._gpus)
+        return [self._launch_replica(*replica, gpu) for replica, gpu in zip(replicas, placed, strict=True)]
+
+    def _launch_replica(self, kind: str, model: str, gpu: Gpu | None) -> str:
         self._numbers[kind, model] += 1
         name = f"{kind}-{self._numbers[kind, model]}"
         if model != self.models[0]:
             name = f"{model}-{name}"
         self._model_of[name] = model
         own = {**self._models[model], **({"slots": self._slots} if kind == "denoiser" else {})}
+        if gpu is not None:
+            self._gpu_of[name], own["gpu"] = (gpu, _WEIGHTS[kind]), gpu.uuid
         return self._launch(name, kind, host=LOOPBACK, port=free_port(), **own)
 
     def _launch(self, name: str, kind: str, *, host: str, port: int, **extra: object) -> str:

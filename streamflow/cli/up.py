@@ -44,6 +44,14 @@ def up(
         int | None,
         typer.Option(min=0, max=65535, help="Serve Prometheus metrics: the gateway's here, the others on free ports."),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,...",
+            help="GPUs for the stages, by number or UUID as nvidia-smi -L says; each process gets one of them. By "
+            "default every process chooses the one with the least work.",
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None, typer.Option(help="A log file for each process here, in place of lines on stderr.")
     ] = None,
@@ -59,14 +67,16 @@ def up(
         streamflow up --model checkpoints/stable-diffusion-3-medium --decoders 2
         streamflow up --model checkpoints/perflow-sd15 --flow perflow --adapters loras
         streamflow up --model models/shapes --model sd15=checkpoints/stable-diffusion-1.5
+        streamflow up --decoders 4 --denoisers 2 --gpus 0,1,2,3
         streamflow up --port 0 --redis-url redis://127.0.0.1:6379/0 --log-dir logs
     """
     import asyncio
 
     from streamflow.cli.model_settings import settings_of_first
     from streamflow.cli.supervisor import LocalDeployment
-    from streamflow.config import check_environment, default_model
+    from streamflow.config import check_environment, default_model, visible_gpus
     from streamflow.families.source import default_name
+    from streamflow.gpus import list_gpus, read_gpus, visible
     from streamflow.model_names import by_name, name_of, read_model
 
     given = {"deterministic": deterministic, "threads": threads, "metrics_port": metrics_port}
@@ -90,6 +100,7 @@ def up(
             **settings_of_first(name, flow=flow, adapters=adapters, controls=controls),
             **({} if metrics_port is None else {"metrics_port": metrics_port}),
         },
+        gpus=[] if gpus is None else read_gpus(gpus, visible(list_gpus(), visible_gpus())),
         log_dir=log_dir,
         on_line=_print_supervisor if log_dir else _print_line,
     )
@@ -135,6 +146,9 @@ def _print_table(deployment: LocalDeployment) -> None:
         shown["metrics"] = [deployment.metrics.get(name, "") for name in deployment.processes]
     if len(deployment.models) > 1:
         shown["model"] = [deployment.model_of(name) for name in deployment.processes]
+    gpus = [str(deployment.gpu_of(name) or "") for name in deployment.processes]
+    if any(gpus):
+        shown["GPU"] = gpus
     table = Table(*shown, title="StreamFlow is ready")
     for row in zip(*shown.values(), strict=True):
         table.add_row(*row)

@@ -1,7 +1,7 @@
 """A stage as a process: loaded, warmed up, announced, working, and ended in order.
 
     def main() -> None:
-        run_process(StageService(Stage.DECODE, load=..., handler=..., servicer=...), StageSettings())
+        run_stage(StageService(Stage.DECODE, load=..., handler=..., servicer=...), StageSettings())
 
 SIGTERM ends it: not ready, no new work, what is under way finished within the grace period or handed back, exit 0.
 """
@@ -9,18 +9,17 @@ SIGTERM ends it: not ready, no new work, what is under way finished within the g
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NoReturn, TypeVar
+from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry
 
 from streamflow.config import StageSettings
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
+from streamflow.gpus import Gpu
 from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.host.watching import StageWatch
 from streamflow.rpc.key_file import KeyFile
@@ -66,8 +65,11 @@ class StageService(Generic[S, H]):
     watch: Callable[[S, CollectorRegistry], None] | None = None
 
 
-def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
+def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | None = None) -> None:
     """Runs the service until SIGTERM or SIGINT.
+
+    Args:
+        gpu: the one that was chosen for it, for the registry.
 
     Raises:
         SystemExit: with 1, when the model or the address cannot be used, or the stage cannot go on; the log says why.
@@ -78,7 +80,7 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
 
     failed: StreamFlowError | None = None
     try:
-        device = str(resolve_device(settings.device))
+        device = str(resolve_device(settings.device)) + (f" (GPU {gpu.number})" if gpu else "")
         set_threads(settings.threads, deterministic=settings.deterministic)
         stage = service.load(settings)
         leave_cores(stage.backend)
@@ -92,21 +94,6 @@ def run_stage(service: StageService[S, H], settings: StageSettings) -> None:
     if failed is not None:
         _log.error("cannot run", reason=str(failed))
         raise SystemExit(1) from failed
-
-
-def run_process(service: StageService[S, H], settings: StageSettings) -> NoReturn:
-    """`run_stage`, and then the process ends at once: all of it has been stopped in order.
-
-    The interpreter's own end would abort in a thread that is still inside a network call, and takes longer than a drain
-    to take apart what the libraries loaded.
-    """
-    code = 0
-    try:
-        run_stage(service, settings)
-    except SystemExit:
-        code = 1
-    logging.shutdown()
-    os._exit(code)
 
 
 async def serve(

@@ -399,6 +399,17 @@ class Transport(Protocol):
         """Replicas whose lease has not lapsed."""
         ...
 
+    async def lease_gpu(self, holder: str, gpus: Sequence[str], *, weight: float, lease_s: float) -> str:
+        """Gives the holder the GPU with the least weight of live leases, the first of several, for `lease_s`.
+
+        Called again it renews: a holder keeps the GPU that it has, as long as that is among `gpus`.
+        """
+        ...
+
+    async def free_gpu(self, holder: str) -> None:
+        """Ends its lease."""
+        ...
+
     async def backlog(self) -> dict[str, int]:
         """Images by place: waiting, and undelivered plus pending entries of each stage."""
         ...

@@ -11,7 +11,10 @@ from streamflow.model_names import DEPLOYMENT
 from streamflow.types import Stage
 
 # What every script gets as KEYS, in the order in which scripts/common.lua names them.
-SHARED = ("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead", "tenants")
+SHARED = (
+    *("meta", "waiting", "under_way", "open", "watch", "ended", "results", "cache", "workers", "dead", "tenants"),
+    "gpus",
+)
 
 
 class Keys:

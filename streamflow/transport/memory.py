@@ -9,12 +9,14 @@ import asyncio
 import hashlib
 import time
 from bisect import bisect_left, insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from math import inf
 
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
+from streamflow.gpus import least_used
 from streamflow.transport.base import (
     Admission,
     DeadLetter,
@@ -41,6 +43,13 @@ _ENDED = "\0ended"  # no job's id
 _MAX_BLOCK_S = 2.0
 
 
+@dataclass(frozen=True, slots=True)
+class _GpuLease:
+    gpu: str
+    weight: float
+    lapses_at_s: float
+
+
 class MemoryTransport:
     """Implements `base.Transport` for one event loop; nothing outlives the process.
 
@@ -58,6 +67,7 @@ class MemoryTransport:
         self._state = State(self._policy, clock, wake=self._wake, ended=self._tell_ended)
         self._changed = asyncio.Event()
         self._kept: dict[str, tuple[bytes, float]] = {}
+        self._gpus: dict[str, _GpuLease] = {}
         self._previews: deque[PreviewTask] = deque(maxlen=self._policy.max_previews)
         self._reaped_at_s, self._watch_grace_until_s = clock(), 0.0
 
@@ -295,6 +305,25 @@ class MemoryTransport:
 
     async def workers(self) -> list[WorkerInfo]:
         return [worker for worker, lapses_s in self._state.workers.values() if lapses_s > self._clock()]
+
+    async def lease_gpu(self, holder: str, gpus: Sequence[str], *, weight: float, lease_s: float) -> str:
+        if not gpus:
+            raise ValueError("gpus: got none; allowed: 1 or more")
+        now_s = self._clock()
+        live = {name: lease for name, lease in self._gpus.items() if lease.lapses_at_s > now_s}
+        mine = live.pop(holder, None)
+        if mine is not None and mine.gpu in gpus:
+            gpu = mine.gpu
+        else:
+            load: defaultdict[str, float] = defaultdict(float)
+            for lease in live.values():
+                load[lease.gpu] += lease.weight
+            gpu = least_used(gpus, load)
+        self._gpus = {**live, holder: _GpuLease(gpu, weight, now_s + lease_s)}
+        return gpu
+
+    async def free_gpu(self, holder: str) -> None:
+        self._gpus.pop(holder, None)
 
     async def backlog(self) -> dict[str, int]:
         lengths = {stage.value: len(entries) for stage, entries in self._state.streams.items()}

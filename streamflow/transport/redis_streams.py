@@ -341,6 +341,15 @@ class RedisTransport:
         said = [known for known in map(worker_from, found) if known is not None]
         return [worker for worker, lapses_s in said if lapses_s > now_s]
 
+    async def lease_gpu(self, holder: str, gpus: Sequence[str], *, weight: float, lease_s: float) -> str:
+        if not gpus:
+            raise ValueError("gpus: got none; allowed: 1 or more")
+        gpu: bytes = await self._calls.script("lease_gpu", holder, weight, lease_s, *gpus)
+        return gpu.decode()
+
+    async def free_gpu(self, holder: str) -> None:
+        await self._calls.script("free_gpu", holder)
+
     async def backlog(self) -> dict[str, int]:
         waiting = await self._calls.command("ZCARD", self._keys.waiting)
         lengths = {stage.value: await self._calls.command("XLEN", self._keys.stream(stage)) for stage in Stage}

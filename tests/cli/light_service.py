@@ -23,6 +23,7 @@ if __name__ == "__main__":
     server.start()
     slots, deterministic = (settings.get(f"STREAMFLOW_{name}") for name in ("SLOTS", "DETERMINISTIC"))
     print("slots", slots, "deterministic", deterministic, flush=True)
+    print("gpu", settings.get("STREAMFLOW_GPU"), flush=True)
     print(*(settings.get(f"STREAMFLOW_{name}") for name in ("DEPLOYMENT", "MODEL_NAME", "MORE_MODELS")), flush=True)
     while not stop.wait(0.05):
         pass

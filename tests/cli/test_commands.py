@@ -251,6 +251,7 @@ def test_errors_are_one_line(deployment: Deployment, arguments: list[str], code:
         (["--model", "/nowhere"], {}, "streamflow: model: got '/nowhere'"),
         ([], {"STREAMFLOW_LEASE_S": "soon"}, "streamflow up: lease_s: got 'soon'"),
         ([], {"STREAMFLOW_MAX_JOBS": "0", "STREAMFLOW_THREADS": "x"}, "streamflow up: max_jobs: got '0'"),
+        (["--gpus", "0,1"], {"CUDA_VISIBLE_DEVICES": ""}, "streamflow: gpus: got '0'; allowed: nothing, as no GPU"),
         # What it does not use is not looked at.
         (["--model", "/nowhere"], {"STREAMFLOW_PORT": "tcp://10.0.0.1:50051"}, "streamflow: model: got '/nowhere'"),
         (["--model", "/nowhere", "--threads", "2"], {"STREAMFLOW_THREADS": "x"}, "streamflow: model: got '/nowhere'"),

@@ -22,6 +22,8 @@ import trustme
 from streamflow.cli.process import Command, Supervised
 from streamflow.cli.supervisor import LocalDeployment, serving
 from streamflow.errors import InvalidRequestError, NotFoundError, StreamFlowError, UnavailableError
+from streamflow.gpus import read_listing
+from tests import nvidia_smi
 from tests.cli.light_up import LIGHT, SHAPES
 
 REPOSITORY = Path(__file__).parents[2]
@@ -98,6 +100,39 @@ async def _try_out(deployment: LocalDeployment, lines: list[tuple[str, str]]) ->
         await deployment.kill("decoder-2")
     with pytest.raises(InvalidRequestError):
         await deployment.add("gateway")
+
+
+async def test_gpus_are_given_out(tmp_path: Path) -> None:
+    lines: list[tuple[str, str]] = []
+    gpus = read_listing(nvidia_smi.listing(4))
+    async with LocalDeployment(
+        model=SHAPES,
+        commands=LIGHT,
+        denoisers=2,
+        decoders=4,
+        gpus=gpus,
+        on_line=lambda name, line: lines.append((name, line)),
+    ) as deployment:
+        given = {name: deployment.gpu_of(name) for name in deployment.processes}
+        assert {name: gpu.number for name, gpu in given.items() if gpu} == {
+            "encoder-1": "0",
+            "denoiser-1": "0",
+            "denoiser-2": "1",
+            "decoder-1": "2",
+            "decoder-2": "3",
+            "decoder-3": "2",
+            "decoder-4": "3",
+        }
+        for name, gpu in given.items():
+            if name != "redis":
+                assert (name, f"gpu {gpu and gpu.uuid}") in lines
+        # One more goes where there is room now, which a crash does not change.
+        await deployment.remove("denoiser-2")
+        assert await deployment.add("decoder") == "decoder-5"
+        assert deployment.gpu_of("decoder-5") == gpus[1]
+        await deployment.kill("decoder-5")
+        await deployment.wait_ready("decoder-5")
+        assert lines.count(("decoder-5", f"gpu {gpus[1].uuid}")) == 2
 
 
 async def test_every_model_has_replicas_of_its_own() -> None:

@@ -186,6 +186,54 @@ async def test_the_registry_forgets_workers_whose_lease_lapsed(transport, eventu
     assert [worker.slots_in_use for worker in await transport.workers()] == [2]
 
 
+async def test_the_gpu_with_the_least_work_is_leased(transport):
+    async def lease(holder, weight, gpus="abc"):
+        return await transport.lease_gpu(holder, list(gpus), weight=weight, lease_s=60)
+
+    assert [await lease(f"denoiser-{k}", 4) for k in range(3)] == ["a", "b", "c"]
+    assert await lease("encoder", 0.5) == "a"
+    # a has 4.5 by now.
+    assert await lease("decoder-1", 2) == "b"
+    assert await lease("decoder-2", 2) == "c"
+    assert await lease("decoder-3", 2) == "a"
+    # The order is a preference among equals, and what others have that are not asked for is nothing.
+    assert await lease("fourth", 1, gpus="xcb") == "x"
+    assert await lease("fifth", 1, gpus="cb") == "c"
+
+
+async def test_a_holder_keeps_its_gpu(transport):
+    assert await transport.lease_gpu("one", ["a", "b"], weight=4, lease_s=60) == "a"
+    assert await transport.lease_gpu("two", ["a", "b"], weight=4, lease_s=60) == "b"
+    assert await transport.lease_gpu("three", ["a", "b"], weight=4, lease_s=60) == "a"
+    await transport.free_gpu("two")
+    assert await transport.lease_gpu("three", ["a", "b"], weight=4, lease_s=60) == "a"
+    # Unless that is gone.
+    assert await transport.lease_gpu("three", ["b"], weight=4, lease_s=60) == "b"
+    assert await transport.lease_gpu("four", ["a", "b", "c"], weight=4, lease_s=60) == "c"
+    await transport.free_gpu("nobody")
+    with pytest.raises(ValueError, match="gpus"):
+        await transport.lease_gpu("five", [], weight=4, lease_s=60)
+
+
+async def test_a_lease_on_a_gpu_lapses(transport, eventually):
+    assert await transport.lease_gpu("dies", ["a", "b"], weight=4, lease_s=0.3) == "a"
+    assert await transport.lease_gpu("lives", ["a", "b"], weight=1, lease_s=60) == "b"
+
+    async def free():
+        return await transport.lease_gpu("new", ["a", "b"], weight=1, lease_s=0.01) == "a"
+
+    await eventually(free)
+
+
+async def test_leases_on_gpus_are_given_one_at_a_time(world):
+    gpus = [f"gpu-{k}" for k in range(4)]
+    replicas = [(world.open(), f"replica-{k}") for k in range(16)]
+    leased = await asyncio.gather(
+        *(transport.lease_gpu(name, gpus, weight=1, lease_s=60) for transport, name in replicas)
+    )
+    assert sorted(leased) == sorted(4 * gpus)
+
+
 @dataclass(frozen=True, slots=True)
 class NewerWorkerInfo(WorkerInfo):
     """What a replica of a later version says of itself."""

@@ -3,7 +3,7 @@
 -- An image is in one place, field i<n> of its job: 'waiting', '<stage>:<entry id>', or how it ended. Every hand-over
 -- compares and sets that field, so it happens once whoever comes late. An image that ended has no entry anywhere.
 
-local META, WAITING, UNDER_WAY, OPEN, WATCH, ENDED, RESULTS, CACHE, WORKERS, DEAD, TENANTS = unpack(KEYS)
+local META, WAITING, UNDER_WAY, OPEN, WATCH, ENDED, RESULTS, CACHE, WORKERS, DEAD, TENANTS, GPUS = unpack(KEYS)
 local C = cjson.decode(ARGV[1])
 local GROUP = 'workers'
 local NOBODY = 'nobody'

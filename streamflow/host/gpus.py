@@ -1,0 +1,139 @@
+"""One GPU for a replica that sees several: the one with the least work, by leases that the replicas keep in Redis.
+
+    with own_gpu(settings, Stage.DENOISE) as gpu:
+        import torch        # sees this GPU alone
+
+Replicas that are started together by Compose or by hand have no numbers by which to share the GPUs out. The choice is
+made once, at the start: nobody moves later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+
+from streamflow.config import StageSettings, show_gpu, visible_gpus
+from streamflow.errors import BusyError, InvalidRequestError, UnavailableError
+from streamflow.gpus import WEIGHTS, Gpu, find, list_gpus, visible
+from streamflow.telemetry import get_logger
+from streamflow.transport.redis_streams import RedisTransport
+from streamflow.types import Stage
+
+RENEW_EVERY_S = 5.0
+"""A lease lasts three times this: that long the GPU of a replica that was killed is counted as taken."""
+
+_LEAVE_S = 3.0
+
+_log = get_logger(__name__)
+
+
+@contextmanager
+def own_gpu(
+    settings: StageSettings,
+    stage: Stage,
+    *,
+    listed: Callable[[], Sequence[Gpu]] = list_gpus,
+    renew_every_s: float = RENEW_EVERY_S,
+) -> Iterator[Gpu | None]:
+    """Shows CUDA one GPU of this process's own; None where there is nothing to choose. To be entered before torch.
+
+    Args:
+        listed: gives the GPUs of this machine.
+
+    Raises:
+        SystemExit: with 1 for a GPU that is not there; the log says which there are.
+    """
+    try:
+        gpus = _candidates(settings, listed)
+    except InvalidRequestError as error:
+        _log.error("cannot run", reason=str(error))
+        raise SystemExit(1) from error
+    if not gpus:
+        yield None
+        return
+    with _leased(gpus, settings, stage, renew_every_s) as gpu:
+        show_gpu(gpu.uuid)
+        _log.info("has a GPU", gpu=gpu.number, uuid=gpu.uuid, name=gpu.name, of=len(gpus))
+        yield gpu
+
+
+def _candidates(settings: StageSettings, listed: Callable[[], Sequence[Gpu]]) -> list[Gpu]:
+    """Those to choose from, the preferred first; empty = there is no choice to make."""
+    if settings.gpu == "none":
+        return []
+    if settings.gpu == "auto":
+        # A device that was named is a choice already.
+        gpus = visible(listed(), visible_gpus()) if settings.device in ("auto", "cuda") else []
+        # What other programs and other deployments have there shows in its memory alone.
+        return sorted(gpus, key=lambda gpu: gpu.used_bytes) if len(gpus) > 1 else []
+    return [find(visible(listed(), visible_gpus()), settings.gpu)]
+
+
+@contextmanager
+def _leased(gpus: Sequence[Gpu], settings: StageSettings, stage: Stage, renew_every_s: float) -> Iterator[Gpu]:
+    """Renewed by a thread, as loading a model keeps the others busy for minutes."""
+    lease = _Lease([gpu.uuid for gpu in gpus], settings, stage, renew_every_s)
+    thread = threading.Thread(target=lambda: asyncio.run(lease.keep()), name="GPU lease", daemon=True)
+    thread.start()
+    try:
+        # Where there is no choice, the lease only tells the others.
+        yield gpus[0] if len(gpus) == 1 else find(gpus, lease.chosen.result())
+    finally:
+        lease.leave()
+        thread.join(_LEAVE_S)
+
+
+class _Lease:
+    """A replica's entry among the leases on GPUs.
+
+    Attributes:
+        chosen: the GPU's UUID, once Redis was reached.
+    """
+
+    def __init__(self, gpus: Sequence[str], settings: StageSettings, stage: Stage, renew_every_s: float) -> None:
+        self.chosen: Future[str] = Future()
+        self._gpus, self._settings, self._stage, self._every_s = gpus, settings, stage, renew_every_s
+        self._holder = f"{stage.service}-{secrets.token_hex(4)}"
+        self._leaving = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def keep(self) -> None:
+        """Takes the lease and renews it until `leave`."""
+        self._loop = asyncio.get_running_loop()
+        transport = RedisTransport.of(self._settings, revision="")
+        try:
+            while not self._leaving.is_set():
+                await self._renew(transport)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._leaving.wait(), self._every_s)
+            with suppress(UnavailableError, BusyError):
+                await transport.free_gpu(self._holder)
+        except BaseException as error:
+            # Whoever waits for it must not wait for ever.
+            if not self.chosen.done():
+                self.chosen.set_exception(error)
+            raise
+        finally:
+            await transport.close()
+
+    async def _renew(self, transport: RedisTransport) -> None:
+        try:
+            uuid = await transport.lease_gpu(
+                self._holder, self._gpus, weight=WEIGHTS[self._stage], lease_s=3 * self._every_s
+            )
+        except (UnavailableError, BusyError) as error:
+            # Without Redis there is no work either.
+            _log.warning("no lease on a GPU", reason=str(error))
+            return
+        if not self.chosen.done():
+            self.chosen.set_result(uuid)
+
+    def leave(self) -> None:
+        """From any thread; what cannot be given back lapses."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._leaving.set)

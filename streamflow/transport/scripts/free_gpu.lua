@@ -1,0 +1,4 @@
+-- holder
+go_on_when_full()
+redis.call('HDEL', GPUS, ARGV[2])
+return 0
