@@ -34,9 +34,6 @@ PROTOS = {
     "denoiser": (denoiser_pb2, "Denoiser"),
     "decoder": (decoder_pb2, "Decoder"),
 }
-METRICS = {"STREAMFLOW_METRICS_PORT"}
-"""Ignored by processes that have no metrics."""
-
 Service = dict[str, Any]
 
 
@@ -199,7 +196,7 @@ def test_every_variable_is_a_setting(compose: dict[str, Any], name: str) -> None
     image = set(re.findall(r"STREAMFLOW_\w+(?==)", DOCKERFILES[name].read_text("utf-8")))
     gpu = set(load(GPU)["services"].get(name, {}).get("environment", {}))
     assert image
-    assert image | gpu | set(compose["services"][name]["environment"]) <= known | METRICS
+    assert image | gpu | set(compose["services"][name]["environment"]) <= known
 
 
 def test_redis_keeps_what_was_accepted(compose: dict[str, Any]) -> None:

@@ -259,7 +259,7 @@ def test_variables_are_settings_of_the_process_with_values_that_it_takes(name, t
     values = environment(target, deployments(target)[name], SECRETS)
     fields = {f"STREAMFLOW_{field.upper()}" for field in KINDS[name].model_fields}
     # Every process gets it, and serves metrics there once it knows it.
-    assert set(values) <= fields | {"STREAMFLOW_METRICS_PORT"}
+    assert set(values) <= fields
     for variable, value in values.items():
         monkeypatch.setenv(variable, value)
     settings = KINDS[name]()

@@ -24,11 +24,11 @@ from tests.transport.lua_calls import commands_of
 from tests.transport.worlds import new_job, redis_binary
 
 STAGES = {"read", "ended_jobs", "spec", "advance", "finish", "heartbeat", "hand_back", "register", "unregister"}
-STAGES |= {"cancel", "backlog", "ping", "get_blob"}
+STAGES |= {"cancel", "backlog", "ping", "get_blob", "lease_gpu", "free_gpu"}
 METHODS = {
     "gateway": {"admit", "job", "jobs", "result", "mark_delivered", "cancel", "renew_watch", "queue_position"}
     | {"expected_s", "subscribe", "reap", "dead_letters", "remove_dead_letter", "put_blob", "get_blob", "workers"}
-    | {"backlog", "ping"},
+    | {"backlog", "overview", "ping"},
     "encoder": STAGES | {"job", "put_blob", "get_cached", "put_cached"},
     "denoiser": STAGES | {"put_blob", "get_cached", "publish", "push_preview"},
     "decoder": STAGES | {"pop_preview", "publish"},
