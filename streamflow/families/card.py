@@ -12,7 +12,7 @@ from streamflow.families.autoencoders import decoder_kinds, latent_factor
 from streamflow.families.checkpoint import Checkpoint
 from streamflow.families.flows import RECTIFIED, Usage
 from streamflow.flow.guidance import Guidance
-from streamflow.flow.samplers import served
+from streamflow.flow.samplers import sampler_steps, served
 from streamflow.flow.spec import FlowSpec
 from streamflow.types import DecoderKind, ModelCard
 from streamflow.validation import check_sampling
@@ -98,7 +98,8 @@ def _check_defaults(card: ModelCard, file: Path) -> None:
         check_sampling(
             card,
             sampler=card.default_sampler,
-            steps=card.default_steps,
+            # Of some samplers the text says how many.
+            steps=sampler_steps(card.default_sampler, card.default_steps),
             guidance=guidance,
             strength=None,
             size_px=size_px,
