@@ -12,7 +12,6 @@ import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
 from streamflow.cli.tables import Json, duration, print_json, print_out, table
-from streamflow.client.views import STAGES
 from streamflow.types import JobState
 
 if TYPE_CHECKING:
@@ -187,6 +186,8 @@ def _status_table(status: Status) -> Table:
 
 def _place(stage: StageStatus, models: Sequence[str]) -> tuple[int, int, str]:
     """The models in their order, and the stages of each in theirs."""
+    from streamflow.client.views import STAGES
+
     model = models.index(stage.model) if stage.model in models else len(models)
     order = STAGES.index(stage.stage) if stage.stage in STAGES else len(STAGES)
     return model, order, stage.worker_id

@@ -13,7 +13,6 @@ import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
 from streamflow.cli.tables import duration
-from streamflow.client.views import STAGES
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -125,6 +124,8 @@ def _queues(queues: Sequence[Queue]) -> Text:
 
 def _replicas(now: Look, before: Look) -> Table:
     from rich.text import Text
+
+    from streamflow.client.views import STAGES
 
     made = _table(("stage", "left"), ("replica", "left"), ("runs on", "left"), ("slots in use", "left"), *_NUMBERS)
     for stage in sorted(now.status.stages, key=lambda one: (one.model, STAGES.index(one.stage), one.worker_id)):

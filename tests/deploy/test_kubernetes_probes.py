@@ -14,6 +14,7 @@ from streamflow.rpc.channels import Target, open_aio_channel
 from streamflow.rpc.probe import is_ready
 from streamflow.transport.embedded import EmbeddedRedis
 from tests.deploy.rendered import ROOT, deployments, environment, render, server_of
+from tests.keys import key_lines
 
 
 async def answer(port: int, service: str) -> bool:
@@ -26,7 +27,7 @@ async def test_probes_hear_of_a_gateway_that_serves_tls_and_asks_for_keys(tmp_pa
     certificate = trustme.CA().issue_cert("localhost")
     certificate.private_key_pem.write_to_path(tmp_path / "tls.key")
     certificate.cert_chain_pems[0].write_to_path(tmp_path / "tls.crt")
-    (tmp_path / "keys").write_text("a-key alice\n")
+    (tmp_path / "keys").write_text(key_lines("a-key alice\n"))
     port, health_port = free_port(), free_port()
     with EmbeddedRedis() as redis:
         values = environment(objects, gateway, {("streamflow-redis", "url"): redis.url})

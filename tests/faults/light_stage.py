@@ -91,6 +91,7 @@ class LightStage:
     backend = "light"
     cost = None
     row_counts: tuple[int, ...] = ()
+    work = ()
 
     def __init__(self, card: ModelCard, slots: int) -> None:
         self.card, self.slots = card, slots

@@ -154,7 +154,13 @@ class Denoising:
     card = CARD
 
     async def denoise(
-        self, job: DenoiseJob, *, on_progress: Callable[[int, int], None], on_preview: object, on_wait: object
+        self,
+        job: DenoiseJob,
+        *,
+        label: str,
+        on_progress: Callable[[int, int], None],
+        on_preview: object,
+        on_wait: object,
     ) -> np.ndarray:
         for tensors in job.conditioning.values():
             if {name: array.shape for name, array in tensors.items()} != {"prompt_embeds": (4, 8)}:
