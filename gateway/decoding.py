@@ -139,6 +139,7 @@ class _Child:
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
         self._process: asyncio.subprocess.Process | None = None
+        self._killed: list[asyncio.subprocess.Process] = []
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
@@ -172,13 +173,13 @@ class _Child:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.kill()
+            self._killed = [*(one for one in self._killed if one.returncode is None), self._process]
         self._process = None
 
     async def end(self) -> None:
-        process = self._process
+        """Returns when all that ever ran here has ended."""
         self.kill()
-        if process is not None:
-            await process.wait()
+        await asyncio.gather(*(process.wait() for process in self._killed))
 
     async def _read(self, process: asyncio.subprocess.Process) -> bytes:
         assert process.stdout is not None
