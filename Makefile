@@ -34,7 +34,7 @@ test-faults: $(STAMP)  ## The fault matrix: processes are killed and frozen unde
 test-compose: $(STAMP)  ## Build every image and run the composition, with kills; needs podman (docs/compose.md)
 	$(BIN)/python -m pytest -m compose tests/compose -s
 
-secrets:  ## The password files that docker-compose.yml mounts
+secrets:  ## The passwords and users of Redis that docker-compose.yml mounts
 	sh deploy/secrets.sh
 
 nightly: $(STAMP)  ## What takes longer: graphs of every family, the full fault matrix, half an hour of soak, the fuzzers

@@ -57,6 +57,7 @@ class Settings(NameSettings):
         repr=False,  # it may have a password in it
         description="Redis or Valkey, 6.2 or newer: redis://USER@HOST:PORT/0, rediss:// for TLS",
     )
+    redis_user: str = Field("", description="User of Redis, in place of the URL's")
     redis_password_file: Path | None = Field(None, description="File with the password of Redis, in place of the URL's")
     redis_ca: Path | None = Field(None, description="Authorities (PEM) to trust with rediss://; none = the system's")
     redis_cert: Path | None = Field(None, description="Client certificate (PEM) for Redis, where it asks for one")
@@ -90,7 +91,7 @@ class Settings(NameSettings):
     job_keep_s: float = Field(3600.0, ge=60, description="How long it can be read how a job ended")
 
 
-OF_REDIS = ("redis_password_file", "redis_ca", "redis_cert", "redis_key")
+OF_REDIS = ("redis_user", "redis_password_file", "redis_ca", "redis_cert", "redis_key")
 """Settings that belong to a redis_url."""
 
 

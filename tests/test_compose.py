@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 import yaml
 
 from streamflow.config import GatewaySettings, Settings, StageSettings
+from streamflow.errors import NotFoundError
 from streamflow.model_names import deployment_of, read_models
 from streamflow.rpc import server
+from streamflow.transport.acl import RIGHTS
+from streamflow.transport.embedded import EmbeddedRedis
+from streamflow.transport.redis_access import RedisAccess
+from streamflow.transport.redis_streams import RedisTransport
 from streamflow.v1 import decoder_pb2, denoiser_pb2, encoder_pb2, gateway_pb2
+from tests.transport.worlds import redis_binary
 
 ROOT = Path(__file__).parent.parent
 FILE, GPU, TWO_MODELS = "docker-compose.yml", "compose.gpu.yml", "examples/two-models.compose.yml"
@@ -211,31 +222,91 @@ def test_redis_keeps_what_was_accepted(compose: dict[str, Any]) -> None:
     assert gigabytes * 2**30 >= 2 * GatewaySettings.model_fields["max_reserved_bytes"].default
 
 
-def test_the_password_of_redis_is_in_a_file_alone(compose: dict[str, Any]) -> None:
-    for name in ("redis", *OURS):
+def test_each_service_has_a_user_of_redis_with_a_password_in_a_file(compose: dict[str, Any]) -> None:
+    for name in OURS:
         one = compose["services"][name]
-        assert one["secrets"] == ["redis_password"]
-        assert "/run/secrets/redis_password" in " ".join(one["entrypoint"])
-        assert not [key for key in one.get("environment", {}) if "PASSWORD" in key or "URL" in key]
-    assert compose["secrets"]["redis_password"] == {"file": "./secrets/redis_password"}
+        assert one["secrets"] == [f"redis_{name}"]
+        told = {key: value for key, value in one["environment"].items() if key.startswith("STREAMFLOW_REDIS")}
+        assert told == {
+            "STREAMFLOW_REDIS_URL": "redis://redis:6379/0",
+            "STREAMFLOW_REDIS_USER": name,
+            "STREAMFLOW_REDIS_PASSWORD_FILE": f"/run/secrets/redis_{name}",
+        }
+    redis = compose["services"]["redis"]
+    assert redis["secrets"] == ["redis_users", "redis_administrator"]
+    assert redis["entrypoint"] + redis["command"][:2] == ["redis-server", "--aclfile", "/run/secrets/redis_users"]
+    mounted = {name for one in compose["services"].values() for name in one.get("secrets", ())}
+    assert {name: one["file"] for name, one in compose["secrets"].items()} == {
+        name: f"./secrets/{name}" for name in mounted
+    }
     assert "secrets/" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
 
 
+def make_secrets(folder: Path) -> dict[str, str]:
+    subprocess.run(["sh", ROOT / "deploy" / "secrets.sh", folder], check=True, capture_output=True)
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
 def test_secrets_are_made_once(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "secrets"
-
-    def make() -> dict[str, str]:
-        subprocess.run(["sh", ROOT / "deploy" / "secrets.sh", folder], check=True, capture_output=True)
-        return {path.name: path.read_text() for path in folder.iterdir()}
-
-    made = make()
-    assert set(made) == {"redis_password", "grafana_password"}
-    assert all(re.fullmatch("[0-9a-f]{48}", value) for value in made.values())
-    assert len(set(made.values())) == 2
+    folder = tmp_path / "a folder" / "secrets"
+    made = make_secrets(folder)
+    assert set(made) == set(load(FILE)["secrets"])
+    passwords = {name: text for name, text in made.items() if name != "redis_users"}
+    assert all(re.fullmatch("[0-9a-f]{48}", value) for value in passwords.values())
+    assert len(set(passwords.values())) == len(passwords)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     # They are mounted as they are, for users that are nobody here.
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o444}
-    assert make() == made
+    assert all(path.stat().st_mode & stat.S_IROTH for path in folder.iterdir())
+    assert make_secrets(folder) == made
+
+
+def test_a_password_is_exchanged_alone(tmp_path: Path) -> None:
+    before = make_secrets(tmp_path)
+    mounted = (tmp_path / "redis_users").stat().st_ino
+    (tmp_path / "redis_decoder").unlink()
+    after = make_secrets(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"redis_decoder", "redis_users"}
+    changed = set(before["redis_users"].splitlines()) ^ set(after["redis_users"].splitlines())
+    assert {line.split()[1] for line in changed} == {"decoder"}
+    assert (tmp_path / "redis_users").stat().st_ino == mounted
+
+
+def test_users_of_redis_have_the_rights_of_this_version(tmp_path: Path) -> None:
+    code = runpy.run_path(str(ROOT / "deploy" / "redis" / "users.py"))
+    template = (ROOT / "deploy" / "redis" / "users.acl.template").read_text("utf-8")
+    assert template == code["text"](), "run: python deploy/redis/users.py"
+    secrets = make_secrets(tmp_path)
+    for name in (*RIGHTS, "administrator"):
+        template = template.replace(f"<{name}>", hashlib.sha256(secrets[f"redis_{name}"].encode()).hexdigest())
+    assert secrets["redis_users"] == template
+
+
+@asynccontextmanager
+async def closing(transport: RedisTransport) -> AsyncIterator[RedisTransport]:
+    try:
+        yield transport
+    finally:
+        await transport.close()
+
+
+@pytest.mark.parametrize("version", ["6.2", "7"])
+async def test_redis_lets_each_user_in_to_deployments_of_any_name(tmp_path: Path, version: str) -> None:
+    users = make_secrets(tmp_path)["redis_users"].splitlines()
+    with EmbeddedRedis(binary=redis_binary(version)) as server, redis.Redis.from_url(server.url) as raw:
+        for line in users[1:]:
+            raw.execute_command("ACL", "SETUSER", *line.split()[1:])
+        address = server.url.rpartition("@")[2]
+        for user in RIGHTS:
+            access = RedisAccess(f"redis://{address}", tmp_path / f"redis_{user}", user=user)
+            async with closing(RedisTransport.from_url(access, deployment="any-name")) as transport:
+                # Scripts that touch the keys and channels of jobs and of stages.
+                with pytest.raises(NotFoundError):
+                    await transport.cancel("no-such-job")
+                assert not any((await transport.backlog()).values())
+        assert raw.acl_log() == []
+        raw.execute_command("AUTH", "decoder", (tmp_path / "redis_decoder").read_text())
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            raw.get("sf:v1:{any-name}:cached:x")
 
 
 # -- images ------------------------------------------------------------------------------------------------------------
@@ -254,8 +325,10 @@ def test_images_start_the_service_as_nobody(compose: dict[str, Any], name: str) 
     assert f"EXPOSE {port}\n" in text
     assert f'"streamflow.rpc.probe", "127.0.0.1:{port}", "{full_name}"' in text
     [module] = re.findall(r'ENTRYPOINT \["/venv/bin/python", "-m", "(.*)"\]', text)
-    # Compose starts the same, behind the shell that reads the password.
-    assert one["command"] == [module, "--model", "/model"]
+    assert module == name if name == "gateway" else f"services.{name}"
+    # Compose adds to it, and puts nothing in its place.
+    assert "entrypoint" not in one
+    assert one["command"] == ["--model", "/model"]
     assert one["volumes"][0] == "./models/shapes:/model:ro"
 
 

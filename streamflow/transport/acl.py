@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from streamflow.transport.keys import SHARED, Keys
+from streamflow.transport.keys import SHARED, prefix_of
 from streamflow.types import Stage
 
 
@@ -63,10 +63,10 @@ def user_line(name: str, rights: Rights, deployments: Sequence[str], password_sh
     """A line of the file that Redis reads (`aclfile`).
 
     Args:
-        deployments: whose keys and channels it may touch.
+        deployments: whose keys and channels it may touch; `*` stands for those of all.
         password_sha256: hex digits.
     """
-    prefixes = [Keys(deployment).prefix for deployment in deployments]
+    prefixes = [prefix_of(deployment) for deployment in deployments]
     keys = [f"~{prefix}{key}" for prefix in prefixes for key in sorted(_KEYS | rights.keys)]
     channels = [f"&{prefix}{channel}" for prefix in prefixes for channel in sorted(_CHANNELS)]
     commands = [f"+{command}" for command in sorted(rights.commands)]

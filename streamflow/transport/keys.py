@@ -17,6 +17,11 @@ SHARED = (
 )
 
 
+def prefix_of(deployment: str) -> str:
+    """What its keys and channels begin with."""
+    return f"sf:v1:{{{deployment}}}:"
+
+
 class Keys:
     """Keys of one deployment; work streams are those of one model revision, so that old replicas drain in peace.
 
@@ -27,7 +32,7 @@ class Keys:
     def __init__(self, deployment: str, revision: str = "") -> None:
         if not re.fullmatch(DEPLOYMENT, deployment):
             raise ValueError(f"deployment: got {deployment!r}; allowed: 1 to 40 of A-Z a-z 0-9 _ -")
-        self.prefix = f"sf:v1:{{{deployment}}}:"
+        self.prefix = prefix_of(deployment)
         self.revision = revision
         self.shared = tuple(self.prefix + name for name in SHARED)
 

@@ -26,6 +26,7 @@ class RedisAccess:
             password can be exchanged under a running process.
         ca: authorities to trust (PEM), in place of the system's.
         cert, key: the client's certificate and its key (PEM), where the server asks for them.
+        user: in place of one in the URL.
     """
 
     url: str = field(repr=False)
@@ -33,6 +34,7 @@ class RedisAccess:
     ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+    user: str = ""
 
     @classmethod
     def of(cls, settings: Settings) -> RedisAccess:
@@ -42,6 +44,7 @@ class RedisAccess:
             settings.redis_ca,
             settings.redis_cert,
             settings.redis_key,
+            settings.redis_user,
         )
 
     @property
@@ -64,6 +67,8 @@ class RedisAccess:
             raise InvalidRequestError(
                 "redis_url", self.where, "redis://HOST:PORT/0, rediss:// for TLS, or unix:// for a socket"
             )
+        if self.user and parts.username:
+            raise InvalidRequestError("redis_user", self.user, "a user in the URL or here, not in both")
         if self.password_file is not None:
             if parts.password:
                 raise InvalidRequestError(
@@ -88,8 +93,8 @@ class RedisAccess:
             options |= {name: str(path) for name, path in files.items() if path is not None}
             options |= {"ssl_check_hostname": True, "ssl_min_version": ssl.TLSVersion.TLSv1_2}
         if self.password_file is None:
-            return self.url, options
-        options["credential_provider"] = _FromFile(unquote(parts.username or ""), self.password_file)
+            return self.url, options | ({"username": self.user} if self.user else {})
+        options["credential_provider"] = _FromFile(self.user or unquote(parts.username or ""), self.password_file)
         # With a provider redis-py takes no user from the URL.
         return urlunsplit(parts._replace(netloc=_host(parts))), options
 

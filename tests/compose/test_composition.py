@@ -115,6 +115,11 @@ def dockerfile(name: str) -> list[str]:
     return (ROOT / path).read_text("utf-8").splitlines()
 
 
+def passwords_of(podman: Podman) -> dict[str, str]:
+    folder = Path(podman.environment["STREAMFLOW_SECRETS"])
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != "redis_users"}
+
+
 def show_logs(composition: Composition) -> None:
     for container in composition.containers(all_=True):
         print(f"--- {container.service} {container.id[:12]}\n{container.logs()[-4000:]}")
@@ -189,7 +194,7 @@ async def test_it_is_up_with_its_replicas(composition: Composition, client: Asyn
 
 
 async def test_containers_have_no_rights(composition: Composition, client: AsyncClient, podman: Podman) -> None:
-    password = (Path(podman.environment["STREAMFLOW_SECRETS"]) / "redis_password").read_text()
+    passwords = passwords_of(podman)
     for one in composition.containers():
         status = dict(line.split(":", 1) for line in one.execute("cat", "/proc/1/status").splitlines())
         assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0, one.service
@@ -200,7 +205,8 @@ async def test_containers_have_no_rights(composition: Composition, client: Async
         assert inspected["HostConfig"]["Memory"] > 0
         assert inspected["HostConfig"]["PidsLimit"] > 0
         # Neither in the environment nor in the arguments, which whoever may ask the engine can read.
-        assert password not in json.dumps(inspected), one.service
+        text = json.dumps(inspected)
+        assert not [name for name, password in passwords.items() if password in text], one.service
         published = {port for port, hosts in inspected["NetworkSettings"]["Ports"].items() if hosts}
         assert published == ({"50051/tcp"} if one.service == "gateway" else set()), one.service
 
@@ -212,12 +218,20 @@ async def test_stages_have_no_way_out(composition: Composition, client: AsyncCli
         assert bool(ways_out) == (one.service == "gateway"), one.service
 
 
-async def test_redis_asks_for_the_password(composition: Composition, client: AsyncClient) -> None:
+async def test_redis_knows_each_service_by_a_user_of_its_own(composition: Composition, client: AsyncClient) -> None:
     [redis] = composition.containers("redis")
     assert "NOAUTH" in redis.execute("redis-cli", "ping", check=False)
-    asks = 'REDISCLI_AUTH="$(cat /run/secrets/redis_password)" redis-cli config get '
+    asks = 'REDISCLI_AUTH="$(cat /run/secrets/redis_administrator)" redis-cli --user administrator '
     for name, value in (("appendfsync", "always"), ("appendonly", "yes"), ("maxmemory-policy", "noeviction")):
-        assert redis.execute("sh", "-c", asks + name).split() == [name, value]
+        assert redis.execute("sh", "-c", f"{asks} config get {name}").split() == [name, value]
+    connected = redis.execute("sh", "-c", f"{asks} client list").splitlines()
+    users = {field.removeprefix("user=") for line in connected for field in line.split() if field.startswith("user=")}
+    assert users == {*BUILT, "administrator"}
+    assert redis.execute("sh", "-c", f"{asks} acl log").split() == []
+    # Each container has its own password and no other.
+    for one in composition.containers():
+        expected = {f"redis_{one.service}"} if one.service in BUILT else {"redis_users", "redis_administrator"}
+        assert set(one.execute("ls", "/run/secrets").split()) == expected
 
 
 async def test_pictures_are_those_of_the_fused_pipeline(client: AsyncClient, fused: Pipeline) -> None:

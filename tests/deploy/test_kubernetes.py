@@ -16,6 +16,7 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from streamflow.cli.acl_files import users_of
 from streamflow.config import GatewaySettings, Settings, StageSettings
 from streamflow.rpc.server import LIVENESS
 from streamflow.v1 import decoder_pb2, denoiser_pb2, encoder_pb2, gateway_pb2
@@ -41,6 +42,8 @@ COMPONENTS = [
     ("overlays/cpu", "tls"),
     ("overlays/cpu", "prometheus", "keda"),
     ("overlays/cpu", "api-keys", "tls", "prometheus"),
+    ("overlays/cpu", "redis-users", "redis-tls"),
+    ("overlays/gpu", "redis-users", "redis-tls"),
 ]
 ALL = [("base",), *OVERLAYS, *COMPONENTS]
 NAMES = {"gateway": "Gateway", "encoder": "TextEncoder", "denoiser": "Denoiser", "decoder": "Decoder"}
@@ -317,6 +320,19 @@ def test_selectors_take_the_pods_that_they_are_for(target):
         ]
         [port] = service["spec"]["ports"]
         assert port["targetPort"] in {each["name"] for each in server_of(deployments(target)["gateway"])["ports"]}
+
+
+@pytest.mark.parametrize("overlay", ["overlays/cpu", "overlays/gpu"])
+def test_each_process_gets_into_redis_as_its_own_user(overlay):
+    objects = render(overlay, "redis-users")
+    for name, deployment in deployments(objects).items():
+        values = environment(objects, deployment, SECRETS)
+        [user] = [user for user in users_of(values["STREAMFLOW_DEPLOYMENT"], []) if user.role == name]
+        assert values["STREAMFLOW_REDIS_USER"] == user.name
+        assert values["STREAMFLOW_REDIS_PASSWORD_FILE"].endswith(f"/{user.password_file}")
+        [volume] = [each for each in pod_of(deployment)["volumes"] if each["name"] == "redis-password"]
+        # The passwords of the others stay outside.
+        assert volume["secret"]["items"] == [{"key": user.password_file, "path": user.password_file}]
 
 
 # Coming and going

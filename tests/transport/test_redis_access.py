@@ -31,6 +31,7 @@ def files(tmp_path: Path) -> Path:
         ("redis://h:1/0", {"password_file": "nowhere"}, "redis_password_file"),
         ("redis://h:1/0", {"password_file": "empty"}, "it is empty"),
         (f"redis://u:{SECRET}@h:1/0", {"password_file": "password"}, "not in both"),
+        (f"redis://u:{SECRET}@h:1/0", {"user": "another"}, "redis_user: got .*another.*not in both"),
         (f"redis://u:{SECRET}@h:1/0", {"ca": "cert.pem"}, "rediss://HOST"),
         (f"rediss://u:{SECRET}@h:1/0", {"ca": "nowhere"}, "redis_ca"),
         (f"rediss://u:{SECRET}@h:1/0", {"ca": "password"}, "redis_ca"),
@@ -43,7 +44,7 @@ def files(tmp_path: Path) -> Path:
     ],
 )
 def test_what_cannot_work_is_refused_without_telling_the_password(files, url, given, said):
-    access = RedisAccess(url, **{name: files / file for name, file in given.items()})
+    access = RedisAccess(url, **{name: value if name == "user" else files / value for name, value in given.items()})
     assert SECRET not in repr(access)
     with pytest.raises(InvalidRequestError, match=said) as caught:
         connect(access)
@@ -63,9 +64,20 @@ def test_the_password_is_read_at_every_connection(files):
     ].get_credentials() == ("another",)
 
 
+def test_the_user_need_not_be_in_the_url(files):
+    with_file = RedisAccess("redis://h:1", files / "password", user="decoder").connection_options()
+    assert with_file[1]["credential_provider"].get_credentials() == ("decoder", SECRET)
+    # redis-py puts what the URL says over this.
+    assert RedisAccess(f"redis://:{SECRET}@h:1", user="decoder").connection_options() == (
+        f"redis://:{SECRET}@h:1",
+        {"username": "decoder"},
+    )
+
+
 def test_settings_name_all_of_it(files):
     settings = Settings(
         redis_url="rediss://h:1/0",
+        redis_user="decoder",
         redis_password_file=files / "password",
         redis_ca=files / "cert.pem",
         redis_cert=files / "cert.pem",
@@ -77,3 +89,4 @@ def test_settings_name_all_of_it(files):
     assert options["ssl_check_hostname"] is True
     assert options["ssl_ca_certs"] == options["ssl_certfile"] == str(files / "cert.pem")
     assert options["ssl_keyfile"] == str(files / "key.pem")
+    assert options["credential_provider"].get_credentials()[0] == "decoder"
