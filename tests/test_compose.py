@@ -142,9 +142,13 @@ def test_containers_have_no_rights(service: Service) -> None:
 
 def test_containers_are_limited(service: Service) -> None:
     assert re.fullmatch(r"\d+[mg]", service["mem_limit"])
-    assert float(service["cpus"]) >= 0
     assert 0 < service["pids_limit"] <= 512
     assert service["logging"]["options"] == {"max-size": "10m", "max-file": "3"}
+
+
+def test_only_stages_have_all_cores(compose: dict[str, Any]) -> None:
+    for name, one in compose["services"].items():
+        assert (float(one["cpus"]) == 0) == (name in STAGES), name
 
 
 def test_limits_are_settable(compose: dict[str, Any]) -> None:
@@ -155,18 +159,20 @@ def test_limits_are_settable(compose: dict[str, Any]) -> None:
 
 
 def test_only_the_gateway_has_a_port(compose: dict[str, Any]) -> None:
-    """Grafana, where it is asked for, is there for this machine alone."""
+    """And that for this machine alone, as nothing asks for keys yet; so is Grafana, where it is asked for."""
     published = {name: one["ports"] for name, one in compose["services"].items() if "ports" in one}
-    assert published == {"gateway": ["0.0.0.0:50051:50051"], "grafana": ["127.0.0.1:3000:3000"]}
+    assert published == {"gateway": ["127.0.0.1:50051:50051"], "grafana": ["127.0.0.1:3000:3000"]}
     assert "50051" in DOCKERFILES["gateway"].read_text("utf-8")
 
 
 def test_only_the_gateway_is_on_both_networks(compose: dict[str, Any]) -> None:
     networks = {name: one["networks"] for name, one in compose["services"].items()}
     assert networks.pop("gateway") == ["clients", "internal"]
-    assert networks.pop("grafana") == ["operators", "internal"]
+    # It has a way out, so none to Redis and the stages.
+    assert networks.pop("grafana") == ["operators", "monitoring"]
+    assert networks.pop("prometheus") == ["internal", "monitoring"]
     assert all(each == ["internal"] for each in networks.values())
-    assert compose["networks"]["internal"] == {"internal": True}
+    assert compose["networks"]["internal"] == compose["networks"]["monitoring"] == {"internal": True}
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -220,6 +226,8 @@ def test_redis_keeps_what_was_accepted(compose: dict[str, Any]) -> None:
     # Room for the copy that rewrites the append-only file, and for results and what is under way.
     assert float(redis["mem_limit"].removesuffix("g")) >= 2 * gigabytes
     assert gigabytes * 2**30 >= 2 * GatewaySettings.model_fields["max_reserved_bytes"].default
+    of_each = int(load(TWO_MODELS)["services"]["gateway"]["environment"]["STREAMFLOW_MAX_RESERVED_BYTES"])
+    assert gigabytes * 2**30 >= 2 * 2 * of_each
 
 
 def test_each_service_has_a_user_of_redis_with_a_password_in_a_file(compose: dict[str, Any]) -> None:
@@ -325,11 +333,11 @@ def test_images_start_the_service_as_nobody(compose: dict[str, Any], name: str) 
     assert f"EXPOSE {port}\n" in text
     assert f'"streamflow.rpc.probe", "127.0.0.1:{port}", "{full_name}"' in text
     [module] = re.findall(r'ENTRYPOINT \["/venv/bin/python", "-m", "(.*)"\]', text)
-    assert module == name if name == "gateway" else f"services.{name}"
+    assert module == ("gateway" if name == "gateway" else f"services.{name}")
     # Compose adds to it, and puts nothing in its place.
     assert "entrypoint" not in one
     assert one["command"] == ["--model", "/model"]
-    assert one["volumes"][0] == "./models/shapes:/model:ro"
+    assert one["volumes"] == ["./models/shapes:/model:ro", f"{'digests' if name == 'gateway' else 'engines'}:/engines"]
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -380,12 +380,15 @@ def test_denoisers_and_decoders_have_a_gpu_each_and_fail_without(overlay):
         assert values.get("STREAMFLOW_DEVICE") == ({"gateway": None, "encoder": "cpu"}.get(name, "cuda"))
         [model] = [mount for mount in server["volumeMounts"] if mount["mountPath"] == "/model"]
         assert model["readOnly"] is True
-        [volume] = [each for each in pod_of(deployment)["volumes"] if each["name"] == model["name"]]
-        assert volume["persistentVolumeClaim"]["readOnly"] is True
+        volumes = {each["name"]: each.get("persistentVolumeClaim") for each in pod_of(deployment)["volumes"]}
+        assert volumes[model["name"]]["readOnly"] is True
+        # Engines are programs: who talks to the world does not write where stages take theirs from.
+        claim = "streamflow-digests" if name == "gateway" else "streamflow-engines"
+        assert volumes["engines"] == {"claimName": claim}
 
 
 def test_the_pod_that_copies_a_model_has_no_more_rights_than_others(custom_resources):
-    pod = yaml.safe_load((FOLDER / "load-model.yaml").read_text())
+    [pod] = render("load-model")
     for version in VERSIONS:
         check_valid(pod, version, custom_resources)
     assert not list(violations(pod["spec"]))
@@ -393,6 +396,7 @@ def test_the_pod_that_copies_a_model_has_no_more_rights_than_others(custom_resou
     gpu = render("overlays/gpu")
     assert volume["persistentVolumeClaim"]["claimName"] in named(gpu, "PersistentVolumeClaim")
     assert pod["spec"]["containers"][0]["image"] == server_of(deployments(gpu)["gateway"])["image"]
+    assert pod["metadata"]["namespace"] == deployments(gpu)["gateway"]["metadata"]["namespace"]
     # It is nobody's replica, and nobody can reach it.
     assert not [d for d in deployments(gpu).values() if selects(d["spec"]["selector"], pod["metadata"]["labels"])]
     assert pod["metadata"]["labels"][COMPONENT] not in NAMES
