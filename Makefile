@@ -8,7 +8,7 @@ TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo test test-faults test-compose secrets nightly gpu-check gpu-bench lint audit types protos check-protos \
-	model clean
+	model lock clean
 
 help:  ## What can be made here
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ protos: $(STAMP)  ## Generate streamflow/v1 from protos/
 
 check-protos: protos  ## Fail when the committed generated code is not that of protos/
 	git diff --exit-code -- streamflow/v1
+
+lock: $(STAMP)  ## The hashes by which images take packages; needs the network
+	$(BIN)/python deploy/lock.py
 
 model: $(STAMP)  ## Train the built-in model again (about 3 hours on 2 cores, minutes on a GPU)
 	$(BIN)/python -m training all --fresh

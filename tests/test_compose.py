@@ -349,6 +349,23 @@ def test_images_are_built_in_two_stages_on_a_pinned_base(name: str) -> None:
     assert "pip" not in final
 
 
+@pytest.mark.parametrize("name", OURS)
+def test_images_take_packages_by_their_hashes(name: str) -> None:
+    """Those of constraints.txt, all that is needed and nothing else; torch comes by itself."""
+    folder = "gateway" if name == "gateway" else "services"
+    text = DOCKERFILES[name].read_text("utf-8")
+    assert f"COPY {folder}/requirements.txt ./\n" in text
+    assert "pip install --no-cache-dir --require-hashes --no-deps -r requirements.txt" in text
+    code = runpy.run_path(str(ROOT / "deploy" / "lock.py"))
+    file = ROOT / folder / "requirements.txt"
+    listed = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", file.read_text("utf-8"), re.M)
+    versions = code["versions"]()
+    assert {one: version for one, version, _ in listed} == {
+        one: versions[one] for one in code["closure"](code["LISTS"][file])
+    }, "run: python deploy/lock.py"
+    assert file.read_text("utf-8").count("==") == len(listed)
+
+
 def test_stages_share_their_layers() -> None:
     """A builder finds everything before the last part in its cache."""
     shared = set()
@@ -367,7 +384,8 @@ def test_dockerfile_copies_what_exists(name: str) -> None:
         if line.startswith("COPY") and "--from" not in line:
             for source in line.split()[1:-1]:
                 assert (ROOT / source).exists(), line
-                assert source in let_in, f"{source} is not part of the build's context"
+                parts = {source, *map(str, Path(source).parents)}
+                assert parts & set(let_in), f"{source} is not part of the build's context"
 
 
 # -- the files beside it -----------------------------------------------------------------------------------------------
