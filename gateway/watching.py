@@ -108,7 +108,9 @@ class GatewayWatch:
         now_s = self._clock()
         ages_s = {model: now_s - at_s for model, at_s in dict(self._seen_at_s).items()}
         about = "How long ago the gateway saw the deployment"
-        yield gauge("deployment_seen_seconds", about, ("model",), [((model,), age_s) for model, age_s in ages_s.items()])
+        yield gauge(
+            "deployment_seen_seconds", about, ("model",), [((model,), age_s) for model, age_s in ages_s.items()]
+        )
         # A family is told once, with all models in it.
         seen = {model: each for model, each in dict(self._seen).items() if ages_s[model] <= SEEN_S}
         yield from _queues(seen)

@@ -23,7 +23,14 @@ from tests.cards import CARD
 
 pytestmark = pytest.mark.timeout(60)
 
-OF_DEPLOYMENTS = ("queue_images", "backlog_seconds", "dead_letters", "jobs_admitted_total", "replicas", "deployment_slots")
+OF_DEPLOYMENTS = (
+    "queue_images",
+    "backlog_seconds",
+    "dead_letters",
+    "jobs_admitted_total",
+    "replicas",
+    "deployment_slots",
+)
 
 
 class Watching:
@@ -55,7 +62,9 @@ class Watching:
 
     def families(self) -> set[str]:
         """Those with a value."""
-        return {sample.name.removeprefix("streamflow_") for family in self.metrics.collect() for sample in family.samples}
+        return {
+            sample.name.removeprefix("streamflow_") for family in self.metrics.collect() for sample in family.samples
+        }
 
     async def seen(self, name: str, value: float, **labels: str) -> None:
         async with asyncio.timeout(30):
