@@ -104,13 +104,13 @@ class GatewayWatch:
         self._seen_at_s[name] = self._clock()
 
     def _families(self) -> Iterator[Family]:
-        yield from counters("gateway", self._counts(), {})
+        # A rate needs a value before the first time.
+        yield from counters("gateway", {"busy_total": 0, **self._counts()}, {})
         now_s = self._clock()
         ages_s = {model: now_s - at_s for model, at_s in dict(self._seen_at_s).items()}
         about = "How long ago the gateway saw the deployment"
-        yield gauge(
-            "deployment_seen_seconds", about, ("model",), [((model,), age_s) for model, age_s in ages_s.items()]
-        )
+        ages = [((model,), age_s) for model, age_s in ages_s.items()]
+        yield gauge("deployment_seen_seconds", about, ("model",), ages)
         # A family is told once, with all models in it.
         seen = {model: each for model, each in dict(self._seen).items() if ages_s[model] <= SEEN_S}
         yield from _queues(seen)

@@ -45,7 +45,7 @@ def own_gpu(
         listed: gives the GPUs of this machine.
 
     Raises:
-        SystemExit: with 1 for a GPU that is not there, or settings with which Redis cannot be reached; the log says why.
+        SystemExit: with 1 for a GPU that is not there, or settings by which Redis cannot be asked; the log says why.
     """
     with _ending():
         gpus = _candidates(settings, listed)

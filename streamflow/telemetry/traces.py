@@ -35,7 +35,7 @@ _FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _TO_FILE = "file:"
 
 CLOSE_S = 3.0
-"""How long the end of a process waits for what was not sent; the exporter itself would wait longer than a grace period."""
+"""How long the end of a process waits for what was not sent; the exporter would wait longer than who ends it."""
 
 
 @dataclass(frozen=True, slots=True)

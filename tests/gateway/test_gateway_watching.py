@@ -23,14 +23,7 @@ from tests.cards import CARD
 
 pytestmark = pytest.mark.timeout(60)
 
-OF_DEPLOYMENTS = (
-    "queue_images",
-    "backlog_seconds",
-    "dead_letters",
-    "jobs_admitted_total",
-    "replicas",
-    "deployment_slots",
-)
+OF_DEPLOYMENTS = {"queue_images", "backlog_seconds", "dead_letters", "jobs_admitted_total", "replicas"}
 
 
 class Watching:
@@ -62,13 +55,12 @@ class Watching:
 
     def families(self) -> set[str]:
         """Those with a value."""
-        return {
-            sample.name.removeprefix("streamflow_") for family in self.metrics.collect() for sample in family.samples
-        }
+        samples = (sample for family in self.metrics.collect() for sample in family.samples)
+        return {sample.name.removeprefix("streamflow_") for sample in samples}
 
     async def seen(self, name: str, value: float, **labels: str) -> None:
         async with asyncio.timeout(30):
-            while self.told(name, **labels) != value:
+            while self.told(name, **labels) != value:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
 
@@ -83,11 +75,11 @@ async def test_what_is_not_seen_any_more_is_not_told() -> None:
             assert watching.told("replicas", model="shapes", stage="decode") == 0
             watching.now_s += 1
             # Absent, so that neither alerts nor autoscalers take it for what is.
-            assert not watching.families() & set(OF_DEPLOYMENTS)
+            assert not watching.families() & OF_DEPLOYMENTS
             assert watching.told("deployment_seen_seconds", model="shapes") == SEEN_S + 1
             redis.start()
             await watching.seen("deployment_seen_seconds", 0.0, model="shapes")
-            assert watching.families() >= set(OF_DEPLOYMENTS) - {"queue_images"}
+            assert watching.families() >= OF_DEPLOYMENTS - {"queue_images"}
 
 
 async def test_a_deployment_that_was_never_seen_is_told_as_that(unused_tcp_port: int) -> None:

@@ -26,26 +26,24 @@ print(time.monotonic() - began_s)
 """
 
 
+def run(target: str) -> float:
+    """Seconds that closing took."""
+    command = [sys.executable, "-c", PROGRAM, target]
+    folder = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=CLOSE_S + 10)
+    return float(done.stdout)
+
+
 @pytest.mark.parametrize("hangs", [True, False], ids=["hangs", "away"])
 def test_a_collector_that_takes_nothing_keeps_no_process(hangs: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as collector:
         port = collector.getsockname()[1]
         if not hangs:
             collector.close()
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM, f"http://127.0.0.1:{port}"],
-            cwd=Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=CLOSE_S + 10,
-        )
-    assert float(done.stdout) < CLOSE_S + 1
+        assert run(f"http://127.0.0.1:{port}") < CLOSE_S + 1
 
 
 def test_what_was_not_sent_is_sent_at_the_end(tmp_path: Path) -> None:
     out = tmp_path / "spans"
-    subprocess.run(
-        [sys.executable, "-c", PROGRAM, f"file:{out}"], cwd=Path(__file__).parents[2], check=True, timeout=30
-    )
+    run(f"file:{out}")
     assert '"name": "Generate"' in out.read_text()
