@@ -144,7 +144,7 @@ ROWS: dict[str, Sequence[Panel]] = {
                 )
             ],
             "s",
-            "Seconds a second and denoiser: in steps (network), in the rest of its ticks (update), without work (wait).",
+            "Seconds a second, of each denoiser: in steps (network), in the rest of its ticks (update), idle (wait).",
             stacked=True,
         ),
         Panel(
