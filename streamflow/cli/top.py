@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _PLACES = ("waiting", "encode", "denoise", "decode")
 _PRIORITIES = {-1: " low", 0: "", 1: " high"}
 _BAR = 12
-_BLOCKS, _ASCII = "\u2588\u2591", "#."
+_BLOCKS, _ASCII = ("\u2588", "\u2591"), ("#", ".")
 _RATE_OVER_S = 10.0
 # Title, queues, the heads of the tables, and a line for what was left out.
 _AROUND = 12
@@ -132,7 +132,7 @@ def _queues(queues: Sequence[Queue]) -> Text:
     return Text("  >  ".join(parts), style="dim")
 
 
-def _replicas(now: Look, before: Look, *, bar: str) -> Table:
+def _replicas(now: Look, before: Look, *, bar: tuple[str, str]) -> Table:
     from rich.text import Text
 
     from streamflow.client.views import STAGES
@@ -159,7 +159,7 @@ _GIVES_WAY = "runs on"
 _NUMBERS = (("images/s", "right"), ("ms/image", "right"), ("up", "right"))
 
 
-def _slots(status: Status, *, room: int, bar: str) -> Table:
+def _slots(status: Status, *, room: int, bar: tuple[str, str]) -> Table:
     made = _table(("image", "left"), ("step", "left"), ("timestep", "right"), ("sampler", "left"), ("denoiser", "left"))
     found = [(slot, stage) for stage in status.stages for slot in stage.work]
     for slot, stage in found[:room]:
@@ -189,7 +189,7 @@ def _add(table: Table, *cells: RenderableType) -> None:
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
-def _bar(part: int, whole: int, characters: str) -> Text:
+def _bar(part: int, whole: int, characters: tuple[str, str]) -> Text:
     """Blocks, and the numbers."""
     from rich.text import Text
 
