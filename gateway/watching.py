@@ -22,17 +22,17 @@ from streamflow.types import JobState, Stage, WorkerInfo
 
 LOOK_EVERY_S = 2.0
 
-SEEN_S = 15.0
-"""What was seen longer ago is not told: alerts and autoscalers act on what is told as on what is."""
-
-_LOOK_S = 5.0
-
 REASONS = ("jobs", "tenant_jobs", "rate", "bytes", "work", "late")
 """For which load is refused; see admit.lua."""
 
 ENDS = tuple(state.value for state in JobState if state.terminal)
 IMAGE_ENDS = ("done", "error", "cancelled", "deadline")
 STAGES = tuple(stage.value for stage in Stage)
+
+SEEN_S = 15.0
+"""What was seen longer ago is not told: alerts and autoscalers act on what is told as on what is."""
+
+_LOOK_S = 5.0
 
 _log = get_logger(__name__)
 
