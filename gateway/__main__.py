@@ -46,17 +46,18 @@ async def serve(settings: GatewaySettings) -> None:
         on_call=watch.called,
         health_port=settings.health_port,
     )
-    stop = asyncio.Event()
     try:
         with serving(metrics, host=settings.host, port=settings.metrics_port):
             async with decoder, keys, server, asyncio.TaskGroup() as tasks:
                 tasks.create_task(decoder.warm_up(), name="warm up decoders")
                 transports = [each.transport for each in models]
-                upkeep = keep_up(transports, server, every_s=settings.reap_interval_s, stop=stop)
-                tasks.create_task(upkeep, name="upkeep")
-                tasks.create_task(watch.keep_looking(models, stop=stop), name="metrics")
+                upkeep = keep_up(transports, server, every_s=settings.reap_interval_s)
+                endless = [tasks.create_task(upkeep, name="upkeep")]
+                endless += [tasks.create_task(watch.keep_looking(models), name="metrics")]
                 await server.run_until_stopped()
-                stop.set()
+                # Without Redis they would wait for it.
+                for task in endless:
+                    task.cancel()
     finally:
         await models.close()
         tracing.close()

@@ -14,15 +14,15 @@ from streamflow.transport.base import Transport
 _log = get_logger(__name__)
 
 
-async def keep_up(transports: Sequence[Transport], server: RpcServer, *, every_s: float, stop: asyncio.Event) -> None:
-    """Reaps, and turns readiness with the transports, until told to stop. They are over one Redis."""
+async def keep_up(transports: Sequence[Transport], server: RpcServer, *, every_s: float) -> None:
+    """Reaps, and turns readiness with the transports, until it is cancelled. They are over one Redis."""
     ready: bool | None = None
-    while not stop.is_set():
+    while True:
         was, ready = ready, all(await asyncio.gather(*map(_reap, transports)))
         if ready is not was:
             _log.info("transport takes work" if ready else "transport takes no work")
         await server.set_ready(ready)
-        await set_within(stop, every_s)
+        await asyncio.sleep(every_s)
 
 
 async def _reap(transport: Transport) -> bool:

@@ -6,6 +6,7 @@ Every gateway tells the same of a deployment, so several of them are not added u
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,6 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from gateway.backlog import backlog_s, image_costs_s
 from gateway.models import Models, Served
-from gateway.upkeep import set_within
 from streamflow.errors import BusyError, UnavailableError
 from streamflow.telemetry import get_logger
 from streamflow.telemetry.metrics import PREFIX, SECONDS, Family, Snapshot, counter, counters, gauge
@@ -29,6 +29,11 @@ ENDS = tuple(state.value for state in JobState if state.terminal)
 IMAGE_ENDS = ("done", "error", "cancelled", "deadline")
 STAGES = tuple(stage.value for stage in Stage)
 
+SEEN_S = 15.0
+"""What was seen longer ago is not told: alerts and autoscalers act on what is told as on what is."""
+
+_LOOK_S = 5.0
+
 _log = get_logger(__name__)
 
 
@@ -36,6 +41,7 @@ _log = get_logger(__name__)
 class _Seen:
     """A model's deployment when it was last looked at."""
 
+    revision: str
     overview: Overview
     workers: list[WorkerInfo]
     costs_s: dict[Stage, float] = field(default_factory=dict)
@@ -46,11 +52,20 @@ class GatewayWatch:
 
     Args:
         counts: of this gateway alone, by name.
+        clock: seconds that only rise.
     """
 
-    def __init__(self, metrics: CollectorRegistry, *, counts: Callable[[], dict[str, int]]) -> None:
-        self._counts = counts
+    def __init__(
+        self,
+        metrics: CollectorRegistry,
+        *,
+        counts: Callable[[], dict[str, int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._counts, self._clock = counts, clock
         self._seen: dict[str, _Seen] = {}
+        # Of every model; before its first look, since when one is tried.
+        self._seen_at_s: dict[str, float] = {}
         about = "Calls of the gateway by how they ended, as their clients saw it"
         self._calls = Histogram(f"{PREFIX}rpc_seconds", about, ("method", "code"), registry=metrics, buckets=SECONDS)
         about = "From the admission of a job to its end, for jobs whose client was there"
@@ -64,29 +79,40 @@ class GatewayWatch:
         if view.finished_at_s is not None:
             self._jobs.labels(model, view.state.value).observe(max(0.0, view.finished_at_s - view.admitted_at_s))
 
-    async def keep_looking(self, models: Models, *, stop: asyncio.Event, every_s: float = LOOK_EVERY_S) -> None:
-        """Until told to stop. What cannot be reached stays as it was last seen."""
-        while not stop.is_set():
-            for each in models:
-                try:
-                    await self._look(each)
-                except (UnavailableError, BusyError) as error:
-                    _log.debug("deployment not seen", model=each.card.name, reason=str(error))
-                except Exception as error:
-                    # Whoever only watches must not end the gateway.
-                    _log.error("deployment cannot be read", model=each.card.name, error=error)
-            await set_within(stop, every_s)
+    async def keep_looking(self, models: Models, *, every_s: float = LOOK_EVERY_S) -> None:
+        """Until it is cancelled."""
+        self._seen_at_s = dict.fromkeys(models.names, self._clock())
+        while True:
+            await asyncio.gather(*map(self._try_to_look, models))
+            await asyncio.sleep(every_s)
+
+    async def _try_to_look(self, served: Served) -> None:
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                await self._look(served)
+        except (UnavailableError, BusyError, TimeoutError) as error:
+            _log.debug("deployment not seen", model=served.card.name, reason=str(error))
+        except Exception as error:
+            # Whoever only watches must not end the gateway.
+            _log.error("deployment cannot be read", model=served.card.name, error=error)
 
     async def _look(self, served: Served) -> None:
         overview, workers = await served.transport.overview(), await served.transport.workers()
         name = served.card.name
         known = self._seen[name].costs_s if name in self._seen else {}
-        self._seen[name] = _Seen(overview, workers, image_costs_s(workers, known=known))
+        self._seen[name] = _Seen(served.card.revision, overview, workers, image_costs_s(workers, known=known))
+        self._seen_at_s[name] = self._clock()
 
     def _families(self) -> Iterator[Family]:
-        yield from counters("gateway", self._counts(), {})
+        # A rate needs a value before the first time.
+        yield from counters("gateway", {"busy_total": 0, **self._counts()}, {})
+        now_s = self._clock()
+        ages_s = {model: now_s - at_s for model, at_s in dict(self._seen_at_s).items()}
+        about = "How long ago the gateway saw the deployment"
+        ages = [((model,), age_s) for model, age_s in ages_s.items()]
+        yield gauge("deployment_seen_seconds", about, ("model",), ages)
         # A family is told once, with all models in it.
-        seen = dict(self._seen)
+        seen = {model: each for model, each in dict(self._seen).items() if ages_s[model] <= SEEN_S}
         yield from _queues(seen)
         yield from _totals({model: each.overview.totals for model, each in seen.items()})
         yield from _replicas(seen)
@@ -141,12 +167,17 @@ def _totals(seen: Mapping[str, Mapping[str, int]]) -> Iterator[Family]:
 
 def _replicas(seen: Mapping[str, _Seen]) -> Iterator[Family]:
     """As the registry shows them."""
-    live = {
-        (model, stage.value): [worker for worker in each.workers if worker.stage is stage]
-        for model, each in seen.items()
-        for stage in Stage
-    }
+    taking: dict[tuple[str, str], list[WorkerInfo]] = {}
+    others: dict[tuple[str, str], int] = {}
+    for model, each in seen.items():
+        for stage in Stage:
+            live = [worker for worker in each.workers if worker.stage is stage]
+            found = [w for w in live if w.model_revision == each.revision and not w.draining]
+            taking[model, stage.value], others[model, stage.value] = found, len(live) - len(found)
     names = ("model", "stage")
-    yield gauge("replicas", "Replicas that are alive", names, [(of, len(found)) for of, found in live.items()])
-    slots = [(of, sum(worker.slots for worker in found)) for of, found in live.items()]
-    yield gauge("deployment_slots", "Images that all replicas of a stage can hold", names, slots)
+    about = "Replicas that take new work of the gateway's revision of the model"
+    yield gauge("replicas", about, names, [(of, len(found)) for of, found in taking.items()])
+    about = "Replicas that are alive and take none: they are draining, or of another revision"
+    yield gauge("other_replicas", about, names, others.items())
+    slots = [(of, sum(worker.slots for worker in found)) for of, found in taking.items()]
+    yield gauge("deployment_slots", "Images that all replicas that take work can hold", names, slots)

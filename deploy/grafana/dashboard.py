@@ -1,7 +1,7 @@
 """The Grafana dashboard as code: `python deploy/grafana/dashboard.py` writes dashboards/streamflow.json.
 
-What a deployment as a whole says is told by every gateway alike, so those queries take the `max` over them; what a
-process says of itself is added up.
+What a deployment as a whole says is told by every gateway alike, so those queries take the `max` over them, for each
+model; what models have, and what a process says of itself, is added up.
 """
 
 from __future__ import annotations
@@ -42,15 +42,26 @@ def rate(metric: str, by: str) -> str:
 
 def deployment_rate(metric: str, by: str) -> str:
     """Of what all gateways tell alike."""
-    return f'max by ({by}) (rate({metric}{{model=~"$model"}}[$__rate_interval]))'
+    return _once(f'rate({metric}{{model=~"$model"}}[$__rate_interval])', by)
 
 
-def quantile(share: float, histogram: str, by: str = "") -> str:
-    buckets = f"sum by ({', '.join(filter(None, ('le', by)))}) (rate({histogram}_bucket[$__rate_interval]))"
+def deployment(metric: str, by: str) -> str:
+    """Of what all gateways tell alike."""
+    return _once(f'{metric}{{model=~"$model"}}', by)
+
+
+def _once(told: str, by: str) -> str:
+    each = by if by == "model" else f"model, {by}"
+    return f"sum by ({by}) (max by ({each}) ({told}))"
+
+
+def quantile(share: float, histogram: str, by: str = "", *, of: str = '{model=~"$model"}') -> str:
+    buckets = f"sum by ({', '.join(filter(None, ('le', by)))}) (rate({histogram}_bucket{of}[$__rate_interval]))"
     return f"histogram_quantile({share}, {buckets})"
 
 
 def latest(metric: str, by: str) -> str:
+    """The greatest."""
     return f'max by ({by}) ({metric}{{model=~"$model"}})'
 
 
@@ -75,7 +86,7 @@ ROWS: dict[str, Sequence[Panel]] = {
         ),
         Panel(
             "Calls of the gateway, 95 %",
-            [Query(quantile(0.95, "streamflow_rpc_seconds", "method"), "{{method}}")],
+            [Query(quantile(0.95, "streamflow_rpc_seconds", "method", of=""), "{{method}}")],
             "s",
             "Generate and Watch last as long as their client listens.",
         ),
@@ -88,17 +99,23 @@ ROWS: dict[str, Sequence[Panel]] = {
     "How much there is to do": (
         Panel(
             "Backlog",
-            [Query(latest("streamflow_backlog_seconds", "stage"), "{{stage}}")],
+            [Query(latest("streamflow_backlog_seconds", "model, stage"), "{{model}}: {{stage}}")],
             "s",
             "What one replica of the stage would need for all that is admitted and has not passed it.",
         ),
         Panel(
             "Images by place and priority",
-            [Query(latest("streamflow_queue_images", "stage, priority"), "{{stage}}, priority {{priority}}")],
+            [Query(deployment("streamflow_queue_images", "stage, priority"), "{{stage}}, priority {{priority}}")],
             stacked=True,
         ),
         Panel("Age of the oldest", [Query(latest("streamflow_queue_oldest_seconds", "stage"), "{{stage}}")], "s"),
-        Panel("Replicas", [Query(latest("streamflow_replicas", "stage"), "{{stage}}")]),
+        Panel(
+            "Replicas",
+            [
+                Query(deployment("streamflow_replicas", "stage"), "{{stage}}"),
+                Query(deployment("streamflow_other_replicas", "stage"), "{{stage}}, take no new work"),
+            ],
+        ),
         Panel(
             "Slots in use",
             [
@@ -120,9 +137,14 @@ ROWS: dict[str, Sequence[Panel]] = {
         ),
         Panel(
             "Where the engine's time goes",
-            [Query(rate("streamflow_tick_phase_seconds_total", "phase"), "{{phase}}")],
+            [
+                Query(
+                    'avg by (phase) (rate(streamflow_tick_phase_seconds_total{model=~"$model"}[$__rate_interval]))',
+                    "{{phase}}",
+                )
+            ],
             "s",
-            "Seconds a second and engine: in steps (network), in the rest of its ticks (update), without work (wait).",
+            "Seconds a second, of each denoiser: in steps (network), in the rest of its ticks (update), idle (wait).",
             stacked=True,
         ),
         Panel(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
 from streamflow.cli.tables import duration
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.table import Table
     from rich.text import Text
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 _PLACES = ("waiting", "encode", "denoise", "decode")
 _PRIORITIES = {-1: " low", 0: "", 1: " high"}
 _BAR = 12
+_BLOCKS, _ASCII = ("\u2588", "\u2591"), ("#", ".")
 _RATE_OVER_S = 10.0
 # Title, queues, the heads of the tables, and a line for what was left out.
 _AROUND = 12
@@ -52,6 +55,10 @@ def top(
     from rich.live import Live
 
     console = Console()
+    plain = console.options.ascii_only
+    if plain and isinstance(sys.stdout, io.TextIOWrapper):
+        # Names may be of any language.
+        sys.stdout.reconfigure(errors="replace")
     # Replicas tell of themselves every two seconds, so a rate needs some of them.
     looks: deque[Look] = deque(maxlen=max(2, round(_RATE_OVER_S / interval)))
     with connect(address, api_key, tls, tls_ca) as client:
@@ -60,7 +67,8 @@ def top(
         with Live(console=console, auto_refresh=False, screen=console.is_terminal and not frames) as live:
             try:
                 for number in itertools.count(1):
-                    live.update(frame(looks[-1], looks[0], lines=console.height), refresh=console.is_terminal)
+                    shown = frame(looks[-1], looks[0], lines=console.height, plain=plain)
+                    live.update(shown, refresh=console.is_terminal)
                     if number == frames:
                         return
                     time.sleep(interval)
@@ -77,17 +85,19 @@ class Look:
     at_s: float
 
 
-def frame(now: Look, before: Look, *, lines: int) -> Group:
+def frame(now: Look, before: Look, *, lines: int, plain: bool = False) -> Group:
     """What is shown of a deployment.
 
     Args:
         before: an earlier look, for rates.
         lines: of the terminal.
+        plain: the terminal shows ASCII alone.
     """
     from rich.console import Group
 
-    room = max(3, lines - _AROUND - len(now.status.stages) - len(now.status.missing))
-    return Group(_title(now, before), _queues(now.status.queues), _replicas(now, before), _slots(now.status, room=room))
+    room, bar = max(3, lines - _AROUND - len(now.status.stages) - len(now.status.missing)), _ASCII if plain else _BLOCKS
+    replicas, slots = _replicas(now, before, bar=bar), _slots(now.status, room=room, bar=bar)
+    return Group(_title(now, before), _queues(now.status.queues), replicas, slots)
 
 
 def _title(now: Look, before: Look) -> Text:
@@ -122,7 +132,7 @@ def _queues(queues: Sequence[Queue]) -> Text:
     return Text("  >  ".join(parts), style="dim")
 
 
-def _replicas(now: Look, before: Look) -> Table:
+def _replicas(now: Look, before: Look, *, bar: tuple[str, str]) -> Table:
     from rich.text import Text
 
     from streamflow.client.views import STAGES
@@ -130,17 +140,18 @@ def _replicas(now: Look, before: Look) -> Table:
     made = _table(("stage", "left"), ("replica", "left"), ("runs on", "left"), ("slots in use", "left"), *_NUMBERS)
     for stage in sorted(now.status.stages, key=lambda one: (one.model, STAGES.index(one.stage), one.worker_id)):
         rate = _rate(stage, now, before)
-        made.add_row(
+        _add(
+            made,
             stage.stage,
             Text(stage.worker_id.rpartition("-")[2], style="yellow" if stage.draining else ""),
             f"{stage.backend} on {stage.device}",
-            _bar(stage.slots_in_use, stage.slots),
+            _bar(stage.slots_in_use, stage.slots, bar),
             "" if rate is None else f"{rate:.1f}",
             f"{stage.image_ms:.0f}" if stage.image_ms else "",
             "draining" if stage.draining else duration(stage.uptime_s),
         )
     for model, missing in now.status.missing:
-        made.add_row(missing, "none", f"images of {model} wait", "", "", "", "")
+        _add(made, missing, "none", f"images of {model} wait", "", "", "", "")
     return made
 
 
@@ -148,15 +159,15 @@ _GIVES_WAY = "runs on"
 _NUMBERS = (("images/s", "right"), ("ms/image", "right"), ("up", "right"))
 
 
-def _slots(status: Status, *, room: int) -> Table:
+def _slots(status: Status, *, room: int, bar: tuple[str, str]) -> Table:
     made = _table(("image", "left"), ("step", "left"), ("timestep", "right"), ("sampler", "left"), ("denoiser", "left"))
     found = [(slot, stage) for stage in status.stages for slot in stage.work]
     for slot, stage in found[:room]:
         image = f"{slot.request_id[:24]}:{slot.index}" if slot.request_id else "(another tenant's, or direct)"
         replica = stage.worker_id.rpartition("-")[2]
-        made.add_row(image, _bar(slot.step, slot.steps), f"{slot.timestep:.1f}", slot.sampler, replica)
+        _add(made, image, _bar(slot.step, slot.steps, bar), f"{slot.timestep:.1f}", slot.sampler, replica)
     if len(found) > room:
-        made.add_row(f"and {len(found) - room} more", "", "", "", "")
+        _add(made, f"and {len(found) - room} more", "", "", "", "")
     return made
 
 
@@ -171,12 +182,19 @@ def _table(*columns: tuple[str, str]) -> Table:
     return made
 
 
-def _bar(part: int, whole: int) -> Text:
+def _add(table: Table, *cells: RenderableType) -> None:
+    from rich.text import Text
+
+    # A string would be markup: `perflow[windows=4]` would lose what is in brackets.
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
+def _bar(part: int, whole: int, characters: tuple[str, str]) -> Text:
     """Blocks, and the numbers."""
     from rich.text import Text
 
-    full = round(_BAR * min(part, whole) / whole) if whole else 0
-    return Text.assemble(("\u2588" * full, "green"), ("\u2591" * (_BAR - full), "dim"), f" {part}/{whole}")
+    full, (done, rest) = round(_BAR * min(part, whole) / whole) if whole else 0, characters
+    return Text.assemble((done * full, "green"), (rest * (_BAR - full), "dim"), f" {part}/{whole}")
 
 
 def _rate(stage: StageStatus, now: Look, before: Look) -> float | None:

@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 from streamflow.config import StageSettings, show_gpu, visible_gpus
-from streamflow.errors import BusyError, InvalidRequestError, UnavailableError
+from streamflow.errors import BusyError, StreamFlowError, UnavailableError
 from streamflow.gpus import WEIGHTS, Gpu, find, list_gpus, visible
 from streamflow.telemetry import get_logger
 from streamflow.transport.redis_streams import RedisTransport
@@ -45,13 +45,10 @@ def own_gpu(
         listed: gives the GPUs of this machine.
 
     Raises:
-        SystemExit: with 1 for a GPU that is not there; the log says which there are.
+        SystemExit: with 1 for a GPU that is not there, or settings by which Redis cannot be asked; the log says why.
     """
-    try:
+    with _ending():
         gpus = _candidates(settings, listed)
-    except InvalidRequestError as error:
-        _log.error("cannot run", reason=str(error))
-        raise SystemExit(1) from error
     if not gpus:
         yield None
         return
@@ -59,6 +56,16 @@ def own_gpu(
         show_gpu(gpu.uuid)
         _log.info("has a GPU", gpu=gpu.number, uuid=gpu.uuid, name=gpu.name, of=len(gpus))
         yield gpu
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Ends the process by what cannot be helped."""
+    try:
+        yield
+    except StreamFlowError as error:
+        _log.error("cannot run", reason=str(error))
+        raise SystemExit(1) from error
 
 
 def _candidates(settings: StageSettings, listed: Callable[[], Sequence[Gpu]]) -> list[Gpu]:
@@ -80,8 +87,10 @@ def _leased(gpus: Sequence[Gpu], settings: StageSettings, stage: Stage, renew_ev
     thread = threading.Thread(target=lambda: asyncio.run(lease.keep()), name="GPU lease", daemon=True)
     thread.start()
     try:
-        # Where there is no choice, the lease only tells the others.
-        yield gpus[0] if len(gpus) == 1 else find(gpus, lease.chosen.result())
+        with _ending():
+            # Where there is no choice, the lease only tells the others.
+            gpu = gpus[0] if len(gpus) == 1 else find(gpus, lease.chosen.result())
+        yield gpu
     finally:
         lease.leave()
         thread.join(_LEAVE_S)
@@ -104,27 +113,33 @@ class _Lease:
     async def keep(self) -> None:
         """Takes the lease and renews it until `leave`."""
         self._loop = asyncio.get_running_loop()
-        transport = RedisTransport.of(self._settings, revision="")
         try:
-            while not self._leaving.is_set():
-                await self._renew(transport)
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._leaving.wait(), self._every_s)
-            with suppress(UnavailableError, BusyError):
-                await transport.free_gpu(self._holder)
+            transport = RedisTransport.of(self._settings, revision="")
+            try:
+                await self._hold(transport)
+            finally:
+                await transport.close()
         except BaseException as error:
             # Whoever waits for it must not wait for ever.
             if not self.chosen.done():
                 self.chosen.set_exception(error)
-            raise
-        finally:
-            await transport.close()
+            # Told by who waits, or by who needs Redis next.
+            if not isinstance(error, StreamFlowError):
+                raise
+
+    async def _hold(self, transport: RedisTransport) -> None:
+        while not self._leaving.is_set():
+            await self._renew(transport)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), self._every_s)
+        with suppress(UnavailableError, BusyError):
+            await transport.free_gpu(self._holder)
 
     async def _renew(self, transport: RedisTransport) -> None:
+        # After a lapse, too, it is where it was: what it was shown at the start is what it uses.
+        gpus = [self.chosen.result()] if self.chosen.done() else self._gpus
         try:
-            uuid = await transport.lease_gpu(
-                self._holder, self._gpus, weight=WEIGHTS[self._stage], lease_s=3 * self._every_s
-            )
+            uuid = await transport.lease_gpu(self._holder, gpus, weight=WEIGHTS[self._stage], lease_s=3 * self._every_s)
         except (UnavailableError, BusyError) as error:
             # Without Redis there is no work either.
             _log.warning("no lease on a GPU", reason=str(error))

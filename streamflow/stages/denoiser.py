@@ -180,6 +180,11 @@ class DenoiserStage:
         return dict(self._runner.counters) if self._runner else {}
 
     @property
+    def waited_s(self) -> float:
+        """How long its engine has been without work; for any thread. See EngineRunner."""
+        return self._runner.waited_s if self._runner else 0.0
+
+    @property
     def ticks(self) -> Sequence[TickRecord]:
         """The last ticks, newest last."""
         return tuple(self._runner.ticks) if self._runner else ()
@@ -285,8 +290,9 @@ class DenoiserStage:
 
     @property
     def work(self) -> tuple[SlotView, ...]:
-        """What the slots hold, once it has begun."""
-        found = ((said, self._entered.place(handle)) for handle, said in self._labels.items())
+        """What the slots hold, once it has begun; for any thread."""
+        # Copied in one go: images come and go on the event loop meanwhile.
+        found = ((said, self._entered.place(handle)) for handle, said in self._labels.copy().items())
         return tuple(SlotView(label, *place, sampler) for (label, sampler), place in found if place)
 
     @contextmanager

@@ -48,7 +48,6 @@ class TickRecord:
     Attributes:
         timesteps: what each slot's network call was fed.
         seconds: of the tick; `network_s` of them in steps: network, guidance and update of the latents.
-        waited_s: before it, while nothing was under way.
     """
 
     timesteps: tuple[float, ...]
@@ -56,7 +55,6 @@ class TickRecord:
     padded_rows: int
     seconds: float
     network_s: float = 0.0
-    waited_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -112,6 +110,8 @@ class EngineRunner:
         self._suspended = False
         self._ended = asyncio.Event()
         self._tick_began_s: float | None = None
+        # Seconds, and since when there are more of them; set as one, as other threads read it.
+        self._waited: tuple[float, float | None] = 0.0, None
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -151,6 +151,13 @@ class EngineRunner:
         """Step, of how many, and the timestep of it, after the image's last tick; None before its first one."""
         watcher = self._watchers.get(handle)
         return watcher.place if watcher else None
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds of the engine's thread between ticks, up to now; for any thread."""
+        now_s = time.perf_counter()
+        seconds, since_s = self._waited
+        return seconds if since_s is None else seconds + max(0.0, now_s - since_s)
 
     @property
     def in_use(self) -> int:
@@ -229,13 +236,16 @@ class EngineRunner:
 
     def _work(self) -> None:
         try:
-            ended_s = time.perf_counter()
+            waited_s, ended_s = 0.0, time.perf_counter()
+            self._waited = waited_s, ended_s
             while self._obey():
                 self._tick_began_s = began_s = time.perf_counter()
-                waited_s, steps_s = began_s - ended_s, self._steps_s()
+                waited_s, steps_s = waited_s + began_s - ended_s, self._steps_s()
+                self._waited = waited_s, None
                 report = self._engine.tick()
                 self._tick_began_s, ended_s = None, time.perf_counter()
-                record = _record(report, ended_s - began_s, self._steps_s() - steps_s, waited_s)
+                self._waited = waited_s, ended_s
+                record = _record(report, ended_s - began_s, self._steps_s() - steps_s)
                 self._tell(self._deliver, report, record)
             self._engine.clear()
         except BaseException as error:
@@ -334,5 +344,5 @@ def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
         future.set_result(None) if error is None else future.set_exception(error)
 
 
-def _record(report: TickReport, seconds: float, network_s: float, waited_s: float) -> TickRecord:
-    return TickRecord(tuple(report.timesteps), report.rows, report.padded_rows, seconds, network_s, waited_s)
+def _record(report: TickReport, seconds: float, network_s: float) -> TickRecord:
+    return TickRecord(tuple(report.timesteps), report.rows, report.padded_rows, seconds, network_s)

@@ -54,7 +54,8 @@ def serving(metrics: CollectorRegistry, *, host: str, port: int | None) -> Itera
         yield ""
         return
     try:
-        server, thread = start_http_server(port, addr=host, registry=metrics)
+        # Sockets take an IPv6 address as it is, gRPC in brackets.
+        server, thread = start_http_server(port, addr=host.strip("[]"), registry=metrics)
     except OSError as error:
         where = join(host, port)
         message = f"metrics_port: cannot listen on {where} ({error.strerror}): choose another one; 0 takes a free one"

@@ -7,6 +7,7 @@ process makes no spans of its own it passes on what it was given.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -27,8 +29,13 @@ Attributes = Mapping[str, str | int | float | bool]
 Event = tuple[float, str, Attributes]
 """When, in seconds since 1970; what; and about it."""
 
+_log = get_logger(__name__)
+
 _FORM = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _TO_FILE = "file:"
+
+CLOSE_S = 3.0
+"""How long the end of a process waits for what was not sent; the exporter would wait longer than who ends it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +113,13 @@ class Tracing:
         span.end(_ns(began_s + took_s))
 
     def close(self) -> None:
-        """Sends what has not been sent."""
+        """Sends what has not been sent, as far as that can be done in CLOSE_S."""
         if self._provider is not None:
-            self._provider.shutdown()
+            closing = threading.Thread(target=self._provider.shutdown, name="last traces", daemon=True)
+            closing.start()
+            closing.join(CLOSE_S)
+            if closing.is_alive():
+                _log.warning("traces are lost", reason=f"nobody took the last of them in {CLOSE_S:g} s")
 
 
 def open_tracing(target: str, *, service: str, ratio: float = 1.0) -> Tracing:
@@ -135,7 +146,10 @@ def open_tracing(target: str, *, service: str, ratio: float = 1.0) -> Tracing:
         raise UnavailableError("traces need: pip install 'streamflow[gateway]'") from error
     exporter = _exporter(target)
     provider = TracerProvider(
-        resource=Resource.create({SERVICE_NAME: f"streamflow-{service}"}), sampler=ParentBasedTraceIdRatio(ratio)
+        resource=Resource.create({SERVICE_NAME: f"streamflow-{service}"}),
+        sampler=ParentBasedTraceIdRatio(ratio),
+        # `close` does it, and does not wait for ever.
+        shutdown_on_exit=False,
     )
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=1000))
     return Tracing(provider)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 from rich.console import Console
 
 from streamflow.cli.top import Look, frame
 from streamflow.client import Queue, SlotWork, StageStatus, Status
+from tests.client.deployment import Deployment
 
 DENOISER = StageStatus(
     stage="denoiser",
@@ -83,7 +87,23 @@ def test_what_does_not_fit_on_the_terminal_is_counted() -> None:
     assert any(f"and {50 - visible} more" in line for line in lines)
 
 
+def test_what_looks_like_markup_is_told_as_it_is() -> None:
+    work = (SlotWork("mine", 0, 3, 8, 625.0, "perflow[windows=4,exact=true]"),)
+    status = replace(STATUS, stages=(replace(DENOISER, work=work),))
+    text = "\n".join(shown(Look(status, 1.0), Look(status, 1.0)))
+    assert "perflow[windows=4,exact=true]" in text
+
+
 def test_an_idle_deployment_without_replicas_is_shown_too() -> None:
     empty = replace(STATUS, stages=(), queues=(), waiting=0)
     text = "\n".join(shown(Look(empty, 1.0), Look(empty, 1.0)))
     assert text.count("images of shapes wait") == 3
+
+
+def test_a_terminal_that_knows_ascii_alone_is_enough() -> None:
+    command = [sys.executable, "-m", "streamflow.cli", "top", "--frames", "1"]
+    with Deployment() as deployment:
+        environment = {**os.environ, "STREAMFLOW_ADDRESS": deployment.address, "PYTHONIOENCODING": "ascii"}
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "####........ 3/8" in done.stdout.decode("ascii")

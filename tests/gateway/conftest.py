@@ -104,6 +104,7 @@ class Deployment:
         self.worker = Worker(transport, self._stop)
         self._stack = stack
         self._tasks = tasks
+        self._upkeep: list[asyncio.Task[None]] = []
 
     def start_worker(self, *, open_gate: bool = True) -> Worker:
         if open_gate:
@@ -111,12 +112,14 @@ class Deployment:
         self.start(self.worker.run(), "worker")
         return self.worker
 
-    def start(self, work: Any, name: str) -> None:
-        self._tasks.create_task(work, name=name)
+    def start(self, work: Any, name: str) -> asyncio.Task[None]:
+        return self._tasks.create_task(work, name=name)
 
     def stop(self) -> None:
         self._stop.set()
         self.worker.gate.set()
+        for task in self._upkeep:
+            task.cancel()
 
     async def gateway(self, *, keys: str = "", more: Mapping[str, Deployment] | None = None, **options: Any) -> Gateway:
         """`more` are deployments of further models by name."""
@@ -134,7 +137,7 @@ class Deployment:
         server = RpcServer(settings, services=[service], keys=known, on_drain=models.drain)
         await self._stack.enter_async_context(server)
         transports = [each.transport for each in served]
-        self.start(keep_up(transports, server, every_s=settings.reap_interval_s, stop=self._stop), "upkeep")
+        self._upkeep.append(self.start(keep_up(transports, server, every_s=settings.reap_interval_s), "upkeep"))
         channel = await self._stack.enter_async_context(open_aio_channel(Target(server.address)))
         return Gateway(server, channel, gateway_pb2_grpc.GatewayStub(channel))
 

@@ -22,6 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from gateway.__main__ import main
 from streamflow.errors import UnavailableError
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel
+from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 from tests.keys import key_lines
 
@@ -164,6 +165,23 @@ async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway_pb2_grpc.GatewayStub(channel).Submit(request, timeout=30)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_it_ends_in_order_while_redis_hangs(run, checkpoint):
+    others = ",".join(f"m{number}={checkpoint}" for number in range(3))
+    with EmbeddedRedis() as redis:
+        async with run("--redis-url", redis.url, "--more-models", others, "--drain-grace-s", "0.2") as (process, _):
+            await process.log("transport takes work")
+            os.kill(redis.pid, signal.SIGSTOP)
+            try:
+                # Until every model is being looked at.
+                await asyncio.sleep(3)
+                process.process.send_signal(signal.SIGTERM)
+                await process.log("stopped")
+                async with asyncio.timeout(5):
+                    assert await process.process.wait() == 0
+            finally:
+                os.kill(redis.pid, signal.SIGCONT)
 
 
 @contextmanager

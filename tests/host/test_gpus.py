@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from streamflow.config import child_environment
 from streamflow.ports import free_port
@@ -183,6 +185,53 @@ def test_the_choice_waits_for_redis(start: Start, tmp_path: Path) -> None:
             assert holder.number() == "0"
         finally:
             redis.kill()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"redis_url": "http://127.0.0.1/0"}, "redis_url: got"),
+        ({"redis_password_file": "/nowhere"}, "redis_password_file: got"),
+        ({"redis_url": "rediss://127.0.0.1/0", "redis_ca": "/nowhere"}, "redis_ca: got"),
+        ({"redis_url": "http://127.0.0.1/0", "gpu": "1"}, None),
+    ],
+    ids=["url", "password", "ca", "named"],
+)
+def test_a_redis_that_cannot_be_asked_ends_the_choice(start: Start, settings: dict[str, Any], says: str | None) -> None:
+    holder = start(gpus=2, **settings)
+    if says is None:
+        # There was nothing to ask; loading the model comes to it again.
+        assert holder.number() == "1"
+    else:
+        assert holder.process.wait(30) == 1
+        assert says in holder.log()
+    assert "Traceback" not in holder.log()
+
+
+def test_who_comes_back_after_its_lease_lapsed_is_where_it_was(start: Start, redis: EmbeddedRedis) -> None:
+    with Redis.from_url(redis.url, decode_responses=True) as store:
+
+        def leased() -> dict[str, str]:
+            """By holder."""
+            (key,) = store.keys("sf:v1:{gpus-*:gpus")
+            return {holder: said.rpartition(" ")[2] for holder, said in store.hgetall(key).items()}
+
+        store.flushall()
+        stopped = start(gpus=2)
+        assert stopped.number() == "0"
+        (name,) = leased()
+        os.kill(stopped.process.pid, signal.SIGSTOP)
+        time.sleep(LAPSE_S)
+        assert start(gpus=2).number() == "0"
+        assert name not in leased()
+        os.kill(stopped.process.pid, signal.SIGCONT)
+        deadline_s = time.monotonic() + 20
+        while name not in leased():
+            assert time.monotonic() < deadline_s, stopped.log()
+            time.sleep(0.05)
+        assert leased()[name] == nvidia_smi.uuid(0)
+        # So the other one has less to do.
+        assert start(gpus=2).number() == "1"
 
 
 @pytest.mark.parametrize("service", ["encoder", "denoiser", "decoder"])

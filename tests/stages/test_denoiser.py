@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
+from services.denoiser.metrics import watch_ticks
 from streamflow.batching.engine import TickReport
 from streamflow.errors import GenerationError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.flow.guidance import Guidance
@@ -289,3 +293,57 @@ async def test_a_new_strength_starts_again_from_the_source(stage: DenoiserStage)
         await stage.change("k", JobChange(strength=0.5))
         latents = await running
     np.testing.assert_allclose(latents, stage.run([replace(given, strength=0.5)])[0], rtol=0, atol=1e-4)
+
+
+async def test_what_slots_hold_can_be_asked_from_any_thread(stage: DenoiserStage) -> None:
+    """As a scrape does."""
+    over, failed = threading.Event(), []
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                stage.work  # noqa: B018 it is computed
+            except RuntimeError as error:
+                failed.append(error)
+
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        async with stage:
+            asking = asyncio.create_task(asyncio.to_thread(ask))
+            for _ in range(30):
+                # Most of them never get a slot.
+                coming = [asyncio.create_task(stage.denoise(job(k), label=str(k))) for k in range(16)]
+                await asyncio.sleep(0)
+                for one in coming:
+                    one.cancel()
+                await asyncio.gather(*coming, return_exceptions=True)
+            over.set()
+            await asking
+    finally:
+        over.set()
+        sys.setswitchinterval(usual_s)
+    assert not failed
+
+
+async def test_time_without_work_is_told_while_it_passes(sd_checkpoint: Path) -> None:
+    stage, metrics = DenoiserStage.load(sd_checkpoint, device="cpu", slots=4), CollectorRegistry()
+    watch_ticks(stage, metrics)
+
+    def waited_s() -> float:
+        labels = {"model": stage.card.name, "phase": "wait"}
+        return metrics.get_sample_value("streamflow_tick_phase_seconds_total", labels)
+
+    assert waited_s() == 0
+    async with stage:
+        began_s = time.perf_counter()
+        await asyncio.sleep(0.3)
+        idle_s = waited_s()
+        assert 0.2 < idle_s <= time.perf_counter() - began_s + 0.1
+        # With the next tick it has been told already.
+        working = asyncio.create_task(stage.denoise(job(steps=8)))
+        while not working.done():
+            before_s, _ = waited_s(), await asyncio.sleep(0.005)
+            assert waited_s() >= before_s
+        spent_s = sum(tick.seconds for tick in stage.ticks)
+        assert waited_s() == pytest.approx(time.perf_counter() - began_s - spent_s, abs=0.2)
