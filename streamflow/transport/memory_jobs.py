@@ -127,9 +127,6 @@ class State:
     def open_jobs(self) -> list[Job]:
         return [job for job in self.jobs.values() if not job.state.terminal]
 
-    def reserved_bytes(self) -> int:
-        return sum(job.reserved_bytes for job in self.jobs.values())
-
     def num_slots(self) -> float:
         """Of the live denoisers; half of the least window while there are none."""
         now_s = self.clock()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import time
@@ -29,6 +28,7 @@ from streamflow.transport.base import (
     Payload,
     PreviewTask,
     QueuePosition,
+    blob_name,
 )
 from streamflow.transport.events import RedisEvents, follow
 from streamflow.transport.keys import Keys
@@ -121,32 +121,12 @@ class RedisTransport:
     # -- gateways ----------------------------------------------------------------------------------------------------
 
     async def admit(self, job: NewJob) -> Admission:
-        answer, *details = await self._calls.script(
-            "admit",
-            job.id,
-            job.digest,
-            job.spec,
-            job.num_images,
-            job.tenant,
-            job.timeout_s,
-            job.priority,
-            job.work,
-            job.reserved_bytes // job.num_images,
-            "" if job.watch_lease_s is None else job.watch_lease_s,
-            job.traceparent,
-            job.nonce,
-            self._limits.max_jobs,
-            self._limits.jobs_of(job.quota),
-            self._limits.max_reserved_bytes,
-            self._limits.images_per_minute_of(job.quota),
-        )
-        if answer == b"exists":
-            raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
-        if answer == b"busy":
-            raise busy(details[1].decode(), retry_after_s=float(details[0]))
-        if answer == b"late":
-            raise too_late(float(details[1]), left_s=job.timeout_s)
-        return Admission(answer == b"attached", *map(float, details))
+        admission = await self._admit(job, looks=False)
+        assert admission is not None
+        return admission
+
+    async def look(self, job: NewJob) -> Admission | None:
+        return await self._admit(job, looks=True)
 
     async def job(self, job_id: str) -> JobView:
         fields = await self._calls.command("HGETALL", self._keys.job(job_id))
@@ -291,7 +271,7 @@ class RedisTransport:
         return count
 
     async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = blob_name(data)
         args = (sha256, int(keep_s * 1000), int(admitted))
         if not await self._calls.script("blob", *args):
             await self._calls.script("blob", *args, data)
@@ -367,6 +347,38 @@ class RedisTransport:
         await self._client.aclose()
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    async def _admit(self, job: NewJob, *, looks: bool) -> Admission | None:
+        """None where it only looked and there was nothing to say."""
+        answer, *details = await self._calls.script(
+            "admit",
+            job.id,
+            job.digest,
+            job.spec,
+            job.num_images,
+            job.tenant,
+            job.timeout_s,
+            job.priority,
+            job.work,
+            job.reserved_bytes // job.num_images,
+            "" if job.watch_lease_s is None else job.watch_lease_s,
+            job.traceparent,
+            job.nonce,
+            self._limits.max_jobs,
+            self._limits.jobs_of(job.quota),
+            self._limits.max_reserved_bytes,
+            self._limits.bytes_of_tenant,
+            self._limits.images_per_minute_of(job.quota),
+            int(looks),
+            *(part for blob in job.blobs.items() for part in blob),
+        )
+        if answer == b"exists":
+            raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
+        if answer == b"busy":
+            raise busy(details[1].decode(), retry_after_s=float(details[0]))
+        if answer == b"late":
+            raise too_late(float(details[1]), left_s=job.timeout_s)
+        return None if answer == b"open" else Admission(answer == b"attached", *map(float, details))
 
     async def _places(self, tenant: str, after: JobPlace | None, count: int) -> list[JobPlace]:
         index = self._keys.jobs(tenant)

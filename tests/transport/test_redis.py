@@ -71,6 +71,7 @@ async def test_a_job_that_is_over_leaves_nothing(redis_world, raw, deployment, e
     # Empty streams, because of their groups, and a few numbers.
     assert left == {"encode", "denoise", "decode", "meta"}
     assert raw.hget(prefix + "meta", "reserved") == b"0"
+    assert [name for name in raw.hkeys(prefix + "meta") if name.startswith(b"reserved:")] == []
     for stage in Stage:
         assert raw.xlen(prefix + stage) == 0
         assert raw.xpending(prefix + stage, "workers")["pending"] == 0
@@ -207,6 +208,10 @@ async def test_admitted_work_drains_when_memory_is_full(own_world):
         await transport.admit(new_job("b"))
     with pytest.raises(NotFoundError):
         await transport.job("b")
+    for call in (transport.admit(new_job("b")), transport.look(new_job("b"))):
+        with pytest.raises(BusyError) as refusal:
+            await call
+        assert refusal.value.reason == "full"
     with pytest.raises(BusyError):
         await transport.put_blob(b"init image", keep_s=60)
     sha256 = await transport.put_blob(b"latents", keep_s=60, admitted=True)

@@ -215,16 +215,43 @@ local function release()
   end
 end
 
+-- The field in which a tenant's part of what is reserved is kept.
+local function reserved_by(tenant)
+  return 'reserved:' .. tenant
+end
+
+-- Counts bytes that results of a tenant take or may take; back again with a negative number.
+local function reserve(tenant, bytes)
+  redis.call('HINCRBY', META, 'reserved', bytes)
+  local sum = reserved_by(tenant)
+  -- Below 0 where a replica that did not count so yet admitted the job.
+  if redis.call('HINCRBY', META, sum, bytes) <= 0 then redis.call('HDEL', META, sum) end
+end
+
+-- Stores bytes under their hash, or sees to it that those which are there stay; whether they are there.
+local function keep_blob(sha256, keep_ms, data)
+  local key = C.prefix .. 'blob:' .. sha256
+  local left_ms = redis.call('PTTL', key)
+  if left_ms == -2 and not data then return 0 end
+  if left_ms == -2 then
+    redis.call('SET', key, data, 'PX', keep_ms)
+  elseif left_ms < tonumber(keep_ms) then
+    -- Other jobs may need it longer: the expiry is only ever moved on.
+    redis.call('PEXPIRE', key, keep_ms)
+  end
+  return 1
+end
+
 -- Takes an image out of wherever it is. Gives back what was reserved beyond the bytes that are stored.
 local function end_image(id, index, state, stored_bytes)
   local key, ref = job_key(id), id .. ':' .. index
-  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share', 'work')
+  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share', 'work', 'tenant')
   local stage, entry = string.match(job[1], '^(%l+):(.+)$')
   if stage then discard(stream_key(stage, job[2]), entry) end
   leave_queue(ref, job[4])
   redis.call('SREM', UNDER_WAY, ref)
   redis.call('HSET', key, 'i' .. index, state)
-  redis.call('HINCRBY', META, 'reserved', (stored_bytes or 0) - job[3])
+  reserve(job[5], (stored_bytes or 0) - job[3])
   tally('images:' .. state)
   return redis.call('HINCRBY', key, 'left', -1)
 end
@@ -237,8 +264,9 @@ end
 local function free_result(ref)
   local id, index = split_ref(ref)
   redis.call('DEL', result_key(id, index))
+  local bytes, tenant = unpack(redis.call('HMGET', job_key(id), 'b' .. index, 'tenant'))
   -- Not a negated 0, which Redis does not take for an integer.
-  redis.call('HINCRBY', META, 'reserved', 0 - (redis.call('HGET', job_key(id), 'b' .. index) or 0))
+  if bytes then reserve(tenant, 0 - bytes) end
   redis.call('HDEL', job_key(id), 'b' .. index)
   redis.call('ZREM', RESULTS, ref)
 end
