@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from streamflow.transport.base import (
     DeadLetter,
@@ -113,12 +114,21 @@ def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:
         of_ours = {
             "stage": Stage(known["stage"]),
             "row_counts": tuple(known.get("row_counts", ())),
-            "work": tuple(SlotView(**slot) for slot in known.get("work", ())),
+            "work": _work_from(known.get("work")),
         }
         return WorkerInfo(**{**known, **of_ours}), float(lapses)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("an entry of the registry cannot be read: %s", error)
         return None
+
+
+def _work_from(said: Any) -> tuple[SlotView, ...]:
+    """Empty where it cannot be read: nothing but what people are shown depends on it."""
+    names = SlotView.__dataclass_fields__
+    try:
+        return tuple(SlotView(**{name: slot[name] for name in slot.keys() & names}) for slot in said or ())
+    except (TypeError, AttributeError):
+        return ()
 
 
 def dead_letter_from(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetter | None:

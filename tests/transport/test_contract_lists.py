@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import redis
 
 from streamflow.transport.base import ImageRef, JobPlace, PreviewTask, Transport
-from streamflow.types import WorkerInfo
+from streamflow.types import SlotView, WorkerInfo
 from tests.transport.worlds import ENCODE, FAST, denoiser, new_job
 
 
@@ -274,6 +274,24 @@ async def test_what_a_newer_replica_says_besides_is_ignored(world):
     # Its slots count: the window is twice three and one.
     await older.admit(new_job(num_images=20))
     assert (await older.backlog())["encode"] == 8
+
+
+async def test_what_a_newer_replica_says_of_its_slots_is_read_as_far_as_it_is_known(redis_world, deployment):
+    transport = redis_world.open()
+    slot = SlotView("a:0", 1, 4, 0.5, "euler")
+    for name, work in (
+        ("newer", [{**asdict(slot), "guidance": 3.0}]),
+        ("renamed", [{"picture": "a:0"}]),
+        ("another", 7),
+        ("odd", ["a:0"]),
+    ):
+        await transport.register(denoiser(name, slots=1, work=work), lease_s=60)
+    assert {worker.worker_id: worker.work for worker in await transport.workers()} == {
+        "newer": (slot,),
+        "renamed": (),
+        "another": (),
+        "odd": (),
+    }
 
 
 def test_a_job_without_images_is_a_mistake():
