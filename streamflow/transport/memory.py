@@ -33,12 +33,11 @@ from streamflow.transport.base import (
     blob_name,
 )
 from streamflow.transport.events import Mailboxes, follow
-from streamflow.transport.memory_jobs import WAITING, Job, State
+from streamflow.transport.memory_jobs import NOBODY, UNTRIED, WAITING, Job, State
 from streamflow.transport.policy import Policy
 from streamflow.transport.refusals import busy, too_late
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
-_NOBODY = "nobody"
 _ENDED = "\0ended"  # no job's id
 _MAX_BLOCK_S = 2.0
 
@@ -256,7 +255,7 @@ class MemoryTransport:
             if entry.owner == worker_id and (ids is None or entry.id in ids)
         ]
         for entry in mine:
-            entry.owner, entry.delivered_at_s = _NOBODY, -inf
+            entry.owner, entry.delivered_at_s = NOBODY if count_attempt else UNTRIED, -inf
             if count_attempt:
                 pause_s = self._policy.retry_s * 2 ** (entry.deliveries - 1)
                 entry.delivered_at_s = self._clock() - max(0.0, self._policy.lease_s - pause_s)

@@ -16,6 +16,8 @@ from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 WAITING = "waiting"
+# Owners of what was handed back: after a failure, and for no fault of anybody's.
+NOBODY, UNTRIED = "nobody", "untried"
 
 
 @dataclass(slots=True)
@@ -261,8 +263,8 @@ class State:
             elif last and (held or taken):
                 waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
             elif len(taken) < count and not alone and (failures or not suspects):
+                self.totals.update([f"redelivered:{stage}"] if entry.owner != UNTRIED else [])
                 taken.append(self._deliver(entry, stage, worker_id))
-                self.totals[f"redelivered:{stage}"] += 1
                 suspects, alone = suspects or failures > 0, last
                 if last:
                     self._cleared.pop(stage, None)

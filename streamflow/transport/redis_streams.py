@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 
 import redis.asyncio as redis
 
@@ -46,6 +44,7 @@ from streamflow.transport.replies import (
     preview_from,
     taken_by_script,
     worker_from,
+    worker_text,
 )
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
@@ -309,7 +308,7 @@ class RedisTransport:
     # -- everybody ---------------------------------------------------------------------------------------------------
 
     async def register(self, worker: WorkerInfo, *, lease_s: float) -> None:
-        await self._calls.script("register", worker.worker_id, lease_s, json.dumps(asdict(worker)))
+        await self._calls.script("register", worker.worker_id, lease_s, worker_text(worker))
 
     async def unregister(self, worker_id: str) -> None:
         await self._calls.script("unregister", worker_id)

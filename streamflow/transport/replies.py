@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from streamflow.transport.base import (
@@ -101,6 +101,12 @@ def job_from(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
         warnings=tuple(text for _, text in warnings),
         estimate_s=float(fields[b"estimate"]) if b"estimate" in fields else None,
     )
+
+
+def worker_text(worker: WorkerInfo) -> str:
+    """JSON that begins with what the scripts read of it: they need not decode the rest (`registered` in common.lua)."""
+    head = {"stage": worker.stage, "slots": worker.slots, "draining": worker.draining}
+    return json.dumps({**head, **asdict(worker)})
 
 
 def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:

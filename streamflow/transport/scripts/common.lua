@@ -6,7 +6,8 @@
 local META, WAITING, UNDER_WAY, OPEN, WATCH, ENDED, RESULTS, CACHE, WORKERS, DEAD, TENANTS, GPUS = unpack(KEYS)
 local C = cjson.decode(ARGV[1])
 local GROUP = 'workers'
-local NOBODY = 'nobody'
+-- Of what was handed back: after a failure, and for no fault of anybody's.
+local NOBODY, UNTRIED = 'nobody', 'untried'
 
 local time = redis.call('TIME')
 local NOW = time[1] + time[2] / 1e6
@@ -70,21 +71,26 @@ local function enqueue(id, index, stage, payload)
   redis.call('HSET', job_key(id), 'i' .. index, stage .. ':' .. entry)
 end
 
--- When a worker's lease lapses, and what it says of itself; nothing where somebody else wrote the value.
+-- When a worker's lease lapses, its stage, its slots, and whether it drains; nothing where somebody else wrote the value.
 local function registered(value)
-  local lapses, said = string.match(value, '^(%S+) (.*)$')
+  local lapses, stage, slots, draining =
+    string.match(value, '^(%S+) {"stage": "(%l+)", "slots": (%d+), "draining": (%l+),')
+  if lapses then return tonumber(lapses), stage, tonumber(slots), draining == 'true' end
+  -- As replicas wrote it before. Decoding all that many workers say would take most of a script's time.
+  local said
+  lapses, said = string.match(value, '^(%S+) (.*)$')
   local readable, info = pcall(cjson.decode, said)
-  if readable and type(info) == 'table' and tonumber(lapses) then return tonumber(lapses), info end
+  if readable and type(info) == 'table' then
+    return tonumber(lapses), info.stage, tonumber(info.slots) or 0, info.draining
+  end
 end
 
 -- Of the live denoisers; half of the least window while there are none.
 local function num_slots()
   local slots = 0
   for _, value in ipairs(redis.call('HVALS', WORKERS)) do
-    local lapses, worker = registered(value)
-    if lapses and lapses > NOW and worker.stage == 'denoise' and not worker.draining then
-      slots = slots + (tonumber(worker.slots) or 0)
-    end
+    local lapses, stage, has, draining = registered(value)
+    if lapses and lapses > NOW and stage == 'denoise' and not draining then slots = slots + has end
   end
   return slots > 0 and slots or C.min_window / 2
 end
@@ -330,9 +336,9 @@ end
 local function forget_worker(worker)
   local value = redis.call('HGET', WORKERS, worker)
   if not value then return end
-  local _, info = registered(value)
-  if info and type(info.stage) == 'string' then
-    local stream = stream_key(info.stage, C.revision)
+  local _, stage = registered(value)
+  if type(stage) == 'string' then
+    local stream = stream_key(stage, C.revision)
     local pending = redis.pcall('XPENDING', stream, GROUP, '-', '+', 1, worker)
     -- Later, then: whoever reaps next asks again.
     if #pending > 0 then return end
