@@ -229,6 +229,7 @@ class RedisTransport:
             entry.ref.index,
             entry.stage.value,
             entry.id,
+            self._holder(entry),
             to.value,
             len(warnings),
             *warnings,
@@ -241,7 +242,8 @@ class RedisTransport:
         what: tuple[str | bytes, ...] = (
             (result.code, result.message, result.stage) if isinstance(result, Failure) else (result,)
         )
-        done = await self._calls.script("finish", entry.ref.job_id, entry.ref.index, entry.stage.value, entry.id, *what)
+        where = (entry.ref.job_id, entry.ref.index, entry.stage.value, entry.id, self._holder(entry))
+        done = await self._calls.script("finish", *where, *what)
         self._put_down([entry])
         return bool(done)
 
@@ -416,6 +418,10 @@ class RedisTransport:
             return True
         call = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(block_s * 1000)), "STREAMS", self._keys.stream(stage), seen)
         return bool(await self._calls.command(*call))
+
+    def _holder(self, entry: Entry) -> str:
+        """The worker that was given it; empty once it was put down."""
+        return next((worker for worker, held in self._in_hand.items() if held.get(entry.id) is entry), "")
 
     def _put_down(self, entries: Iterable[Entry]) -> None:
         for entry in entries:

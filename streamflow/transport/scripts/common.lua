@@ -58,6 +58,17 @@ local function is_live(where)
   return where and (where == 'waiting' or string.find(where, ':', 1, true) ~= nil)
 end
 
+-- Remembers whose the last move of an image was, from which entry.
+local function note_move(id, index, from, entry, worker)
+  redis.call('HSET', job_key(id), 'm' .. index, from .. ':' .. entry .. ' ' .. worker)
+end
+
+-- For a move that comes too late: 1 where this worker made the very same one, and only the answer was lost.
+local function made_before(id, index, from, entry, worker)
+  local made = redis.call('HGET', job_key(id), 'm' .. index)
+  return worker ~= '' and made == from .. ':' .. entry .. ' ' .. worker and 1 or 0
+end
+
 local function discard(stream, entry)
   redis.call('XACK', stream, GROUP, entry)
   redis.call('XDEL', stream, entry)
