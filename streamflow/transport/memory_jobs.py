@@ -263,7 +263,8 @@ class State:
             elif last and (held or taken):
                 waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
             elif len(taken) < count and not alone and (failures or not suspects):
-                self.totals.update([f"redelivered:{stage}"] if entry.owner != UNTRIED else [])
+                if entry.owner != UNTRIED:
+                    self.totals[f"redelivered:{stage}"] += 1
                 taken.append(self._deliver(entry, stage, worker_id))
                 suspects, alone = suspects or failures > 0, last
                 if last:
