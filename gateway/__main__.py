@@ -69,6 +69,7 @@ def _models(settings: GatewaySettings, counters: Counters, decode: Decode, watch
         max_jobs=settings.max_jobs,
         max_tenant_jobs=settings.max_tenant_jobs or None,
         max_reserved_bytes=settings.max_reserved_bytes,
+        max_tenant_reserved_bytes=settings.max_tenant_reserved_bytes or None,
         tenant_images_per_minute=settings.tenant_images_per_minute,
     )
     served = []

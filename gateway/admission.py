@@ -209,11 +209,12 @@ def _check_size(request: types_pb2.GenerateRequest, card: ModelCard, settings: G
         width=request.width or card.default_width,
         height=request.height or card.default_height,
     )
-    if reserved_bytes(filled) > settings.max_reserved_bytes:
+    most, whose = settings.max_reserved_bytes, "this deployment"
+    if 0 < settings.max_tenant_reserved_bytes < most:
+        most, whose = settings.max_tenant_reserved_bytes, "a tenant of this deployment"
+    if reserved_bytes(filled) > most:
         given = f"{num_images(request)} images of {filled.width} x {filled.height}"
-        raise InvalidRequestError(
-            "num_images", given, "what this deployment can hold", "ask for fewer or smaller images"
-        )
+        raise InvalidRequestError("num_images", given, f"what {whose} can hold", "ask for fewer or smaller images")
 
 
 def _check_images(request: types_pb2.GenerateRequest, settings: GatewaySettings) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from gateway import admission
 from gateway.budget import check_budget, choices, choose
@@ -19,15 +20,15 @@ from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError
 from streamflow.rpc.auth import Caller
 from streamflow.rpc.convert import texts_from_pb
 from streamflow.telemetry import Counters, fingerprint, get_logger
-from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport
+from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport, blob_name
 from streamflow.transport.policy import HEADROOM
 from streamflow.types import NO_QUOTA, ModelCard, Quota
 from streamflow.v1 import gateway_pb2, types_pb2
 
 # The job is read at least so often, whatever is published: notifications are lossy.
 _READ_AGAIN_S = 1.0
-# Blobs outlive the deadline of the job that uses them, so that no stage meets a job without its image.
-_BLOB_MARGIN_S = 60.0
+# Why load is refused: what admit.lua says in words for clients, a store without memory, and anything else.
+_REFUSED_FOR = ("jobs", "tenant_jobs", "rate", "bytes", "tenant_bytes", "work", "full", "other")
 _MOST_LETTERS = 1000
 
 _log = get_logger(__name__)
@@ -82,6 +83,8 @@ class Pipeline:
         self._on_ended = on_ended
         self._decode = decode or InThread(max_pixels=settings.max_image_pixels)
         self._stopping = False
+        for reason in _REFUSED_FOR:
+            counters.add(f"busy_{reason}_total", 0)
 
     async def drain(self, grace_s: float) -> None:
         """Gives streams the grace period to end, then ends them as UNAVAILABLE: any gateway can go on with them."""
@@ -126,12 +129,10 @@ class Pipeline:
         timeout_s = admission.timeout_s(remaining_s, self._settings)
         key = JobKey(caller.tenant, filled.request_id)
         spec = types_pb2.JobSpec(request=filled, model_revision=self._card.revision, tenant=key.tenant)
-        stored = await self._store_images(request, spec)
         new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach, quota=caller.quota)
         new = replace(new, traceparent=traceparent)
-        attached = await self._admit(new, key)
-        for data in stored:
-            await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S, admitted=True)
+        with_images = request.init_image or request.control.image
+        attached = await self._admit(new, key, partial(self._with_images, request, spec) if with_images else None)
         texts = "\n".join(texts_from_pb(request))
         prompts = texts if self._settings.log_prompts else fingerprint(texts)
         _log.info("admitted", job=new.id, model=filled.model, attached=attached, images=new.num_images, prompts=prompts)
@@ -157,16 +158,17 @@ class Pipeline:
         if spec.model_revision != self._card.revision:
             hint = "send the request again"
             raise InvalidRequestError("id", letter_id, f"a letter of the model served now, {self._card.name}", hint)
-        timeout_s = self._settings.default_timeout_s
+        blobs = {}
         for blob in filter(None, (spec.init_image_blob, spec.mask_blob, spec.control_blob)):
             data = await self._transport.get_blob(blob)
             if data is None:
                 hint = "send the request again with its images"
                 raise InvalidRequestError("id", letter_id, "a letter whose images are still stored", hint)
-            await self._transport.put_blob(data, keep_s=timeout_s + _BLOB_MARGIN_S)
+            blobs[blob] = data
         spec.request.request_id = key.request_id
+        timeout_s = self._settings.default_timeout_s
         new = self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True, quota=quota)
-        await self._admit(new, key)
+        await self._admit(replace(new, blobs=blobs), key)
         await self._transport.remove_dead_letter(letter_id)
 
     async def _was_retried(self, key: JobKey, letter_id: str) -> None:
@@ -194,19 +196,29 @@ class Pipeline:
             quota=quota,
         )
 
-    async def _admit(self, new: NewJob, key: JobKey) -> bool:
+    async def _admit(
+        self, new: NewJob, key: JobKey, prepare: Callable[[NewJob], Awaitable[NewJob]] | None = None
+    ) -> bool:
+        """True when the same job was there already.
+
+        Args:
+            prepare: what is worth doing only for a job that will be admitted.
+        """
         try:
-            attached = (await self._transport.admit(new)).attached
+            admission = None if prepare is None else await self._transport.look(new)
+            if admission is None:
+                admission = await self._transport.admit(new if prepare is None else await prepare(new))
         except AlreadyExistsError as error:
             given = f"a different request has the id {key.request_id!r}"
             raise AlreadyExistsError(
                 f"request_id: {given} already; use another id, or send the same request"
             ) from error
-        except BusyError:
+        except BusyError as error:
             self._counters.add("busy_total")
+            self._counters.add(f"busy_{error.reason if error.reason in _REFUSED_FOR else 'other'}_total")
             raise
-        self._counters.add("attached_total" if attached else "admitted_total")
-        return attached
+        self._counters.add("attached_total" if admission.attached else "admitted_total")
+        return admission.attached
 
     async def _within_budget(self, request: types_pb2.GenerateRequest, quota: Quota) -> types_pb2.GenerateRequest:
         """The request itself, or with what was chosen for its time budget."""
@@ -224,14 +236,13 @@ class Pipeline:
         chosen, decoder = choose([*runnable], expected_s, budget_s=budget_s, card=self._card)
         return chosen.apply(request, decoder)
 
-    async def _store_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec) -> list[bytes]:
-        """Stores the request's images for a minute, enough to be admitted: those of a refused request soon go."""
-        if not (request.init_image or request.control.image):
-            return []
+    async def _with_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec, new: NewJob) -> NewJob:
+        """The job with the request's images, which are stored when it is admitted: those of a refused one never are."""
         prepared = await self._decode(request, width=spec.request.width, height=spec.request.height)
+        blobs = {blob_name(data): data for data in prepared.values()}
         for field, data in prepared.items():
-            setattr(spec, field, await self._transport.put_blob(data, keep_s=_BLOB_MARGIN_S))
-        return [*prepared.values()]
+            setattr(spec, field, blob_name(data))
+        return replace(new, spec=spec.SerializeToString(), blobs=blobs)
 
     async def job(self, key: JobKey) -> JobView:
         """Raises NotFoundError, in the words of the client's id."""

@@ -22,7 +22,7 @@ from streamflow.types import JobState, Stage, WorkerInfo
 
 LOOK_EVERY_S = 2.0
 
-REASONS = ("jobs", "tenant_jobs", "rate", "bytes", "work", "late")
+REASONS = ("jobs", "tenant_jobs", "rate", "bytes", "tenant_bytes", "work", "late")
 """For which load is refused; see admit.lua."""
 
 ENDS = tuple(state.value for state in JobState if state.terminal)

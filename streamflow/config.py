@@ -210,6 +210,7 @@ class GatewaySettings(TlsSettings, ModelSettings, Settings):
         0.0, ge=0, description="Images that one tenant may ask for in a minute; 0 = any number"
     )
     max_reserved_bytes: int = Field(512 * 2**20, ge=2**20, description="Bytes that results may take in Redis")
+    max_tenant_reserved_bytes: int = Field(0, ge=0, description="Of one tenant's results; 0 = as many as of all")
     default_timeout_s: float = Field(600.0, gt=0, description="Deadline of a call that sets none")
     max_timeout_s: float = Field(3600.0, gt=0, description="Longest deadline")
     max_prompts: int = Field(16, ge=1, description="Prompts in one request")

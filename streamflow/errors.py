@@ -64,12 +64,13 @@ class BusyError(StreamFlowError):
 
     Args:
         retry_after_s: when trying again is worth while.
+        reason: one word for counters, where it is known.
     """
 
     code = "RESOURCE_EXHAUSTED"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        self.retry_after_s = retry_after_s
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, reason: str = "") -> None:
+        self.retry_after_s, self.reason = retry_after_s, reason
         super().__init__(message)
 
 

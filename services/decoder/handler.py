@@ -36,7 +36,7 @@ class DecodeHandler:
 
     def __init__(self, stage: DecoderStage, transport: Transport) -> None:
         self._stage, self._transport = stage, transport
-        self.counters: Counter[str] = Counter()
+        self.counters = Counter({"sent_back_total": 0, "previews_total": 0})
 
     async def __call__(self, context: EntryContext) -> Outcome:
         """Finishes the image, or sends it back to the encoder when its latents are gone.

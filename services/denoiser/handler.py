@@ -54,7 +54,7 @@ class DenoiseHandler:
 
     def __init__(self, stage: DenoiserStage, transport: Transport) -> None:
         self._stage, self._transport = stage, transport
-        self.counters: Counter[str] = Counter()
+        self.counters = Counter({"sent_back_total": 0, "handed_over_total": 0})
 
     def suspend(self) -> None:
         """What is under way goes to other denoisers, which continue it."""

@@ -37,10 +37,7 @@ _MOVES = (
 _STAGE = "hsetnx set xclaim xgroup|create xinfo|groups xrange xread xreadgroup"
 _BLOBS = "get set pttl pexpire"
 _CACHE = "get set del strlen"
-_GATEWAY = (
-    "hexists hgetall smembers xtrim zcount zrangebyscore zrank zscore zrevrangebyscore xrevrange "
-    "get set del strlen pttl"
-)
+_GATEWAY = "hgetall smembers xtrim zcount zrangebyscore zrank zscore zrevrangebyscore xrevrange get set del strlen pttl"
 
 
 def _words(*texts: str) -> frozenset[str]:

@@ -10,6 +10,7 @@ comes too late changes nothing. Execution is at least once, effects are exactly 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -20,6 +21,11 @@ from streamflow.types import NO_QUOTA, Failure, JobState, Quota, Stage, WorkerIn
 
 Payload = Mapping[str, bytes]
 """What one stage tells the next: references to blobs and small tensors, by name."""
+
+
+def blob_name(data: bytes) -> str:
+    """What bytes are stored under: their SHA-256."""
+    return hashlib.sha256(data).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class NewJob:
         watch_lease_s: the job is cancelled when nobody has watched it for so long; None = detached.
         nonce: of the call that admits it, so that a retry of it after a lost reply is not taken for somebody else's.
         quota: the tenant's own, in place of what `Limits` says of every tenant.
+        blobs: its images by `blob_name`, stored when it is admitted and kept beyond its deadline.
     """
 
     id: str
@@ -85,6 +92,7 @@ class NewJob:
     traceparent: str = ""
     nonce: str = ""
     quota: Quota = NO_QUOTA
+    blobs: Mapping[str, bytes] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_images < 1:
@@ -163,18 +171,24 @@ class Limits:
 
     Attributes:
         max_jobs, max_tenant_jobs: unfinished at once, over all and of one tenant; None = no limit of its own.
-        max_reserved_bytes: what all results may take.
+        max_reserved_bytes, max_tenant_reserved_bytes: what results may take, likewise.
         tenant_images_per_minute: of one tenant; a minute's worth may come at once. 0 = any number.
     """
 
     max_jobs: int = 1000
     max_tenant_jobs: int | None = None
     max_reserved_bytes: int = 512 * 2**20
+    max_tenant_reserved_bytes: int | None = None
     tenant_images_per_minute: float = 0.0
 
     def jobs_of(self, quota: Quota) -> int:
         """Most unfinished jobs of a tenant."""
         return (self.max_tenant_jobs if quota.jobs is None else quota.jobs) or self.max_jobs
+
+    @property
+    def bytes_of_tenant(self) -> int:
+        """What results of a tenant may take."""
+        return self.max_tenant_reserved_bytes or self.max_reserved_bytes
 
     def images_per_minute_of(self, quota: Quota) -> float:
         """Of a tenant; 0 = any number."""
@@ -213,7 +227,8 @@ class Overview:
     """A deployment as a whole, over all its gateways and workers.
 
     Attributes:
-        totals: what happened since there is a store, each once: `admitted` and `admitted_images`; `refused:<why>`;
+        totals: what happened since there is a store, each once (but a refusal whose answer was lost and that was sent
+            again counts again): `admitted` and `admitted_images`; `refused:<why>`;
             `ended:<state>` of jobs and `images:<state>` of images; `redelivered:<stage>` and `given_up:<stage>`.
         dead_letters: how many are kept.
     """
@@ -253,6 +268,13 @@ class Transport(Protocol):
             BusyError: over `Limits`, what waits would not let it end in time, or the store is full.
             DeadlineError: it would not end in time even if nothing waited.
             UnavailableError: the store cannot be reached.
+        """
+        ...
+
+    async def look(self, job: NewJob) -> Admission | None:
+        """Does what `admit` does up to the admission itself: attaches to the same job, or refuses in the same way.
+
+        None = it would be admitted now, so what that takes is worth preparing.
         """
         ...
 

@@ -6,13 +6,12 @@ It keeps the contract of the Redis one.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from bisect import bisect_left, insort
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
@@ -31,14 +30,14 @@ from streamflow.transport.base import (
     Payload,
     PreviewTask,
     QueuePosition,
+    blob_name,
 )
 from streamflow.transport.events import Mailboxes, follow
-from streamflow.transport.memory_jobs import WAITING, Job, State
+from streamflow.transport.memory_jobs import NOBODY, UNTRIED, WAITING, Job, State
 from streamflow.transport.policy import Policy
 from streamflow.transport.refusals import busy, too_late
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
-_NOBODY = "nobody"
 _ENDED = "\0ended"  # no job's id
 _MAX_BLOCK_S = 2.0
 
@@ -81,24 +80,19 @@ class MemoryTransport:
     # -- gateways ----------------------------------------------------------------------------------------------------
 
     async def admit(self, job: NewJob) -> Admission:
-        known = self._state.jobs.get(job.id)
-        if known is not None:
-            if known.new.digest != job.digest:
-                raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
-            attached = not job.nonce or known.new.nonce != job.nonce
-            if not known.state.terminal:
-                # Whoever leaves it to itself wants it made without being watched.
-                known.watch_lease_s = job.watch_lease_s and known.watch_lease_s
-                known.watch_until_s = known.watch_lease_s and self._clock() + known.watch_lease_s
-            return Admission(attached, known.admitted_at_s, known.deadline_at_s)
+        attached = self._attach(job)
+        if attached is not None:
+            return attached
         paced_s = self._refuse_over_limits(job)
         now_s = self._clock()
         ranks, clock_s = self._ranks(job, now_s)
         estimate_s = self._refuse_late(job, ranks[0])
         deadline_at_s = now_s + job.timeout_s
         watch_until_s = None if job.watch_lease_s is None else now_s + job.watch_lease_s
+        for name, data in job.blobs.items():
+            self._keep(f"blob:{name}", data, job.timeout_s + self._policy.blob_margin_s)
         admitted = Job(
-            job,
+            replace(job, blobs={}),
             now_s,
             deadline_at_s,
             job.watch_lease_s,
@@ -113,6 +107,14 @@ class MemoryTransport:
         self._state.waiting.update({ImageRef(job.id, index): rank for index, rank in enumerate(ranks)})
         self._state.release()
         return Admission(False, now_s, deadline_at_s)
+
+    async def look(self, job: NewJob) -> Admission | None:
+        attached = self._attach(job)
+        if attached is None:
+            self._refuse_over_limits(job)
+            ranks, _ = self._ranks(job, self._clock())
+            self._refuse_late(job, ranks[0])
+        return attached
 
     async def job(self, job_id: str) -> JobView:
         return self._job(job_id).view()
@@ -253,7 +255,7 @@ class MemoryTransport:
             if entry.owner == worker_id and (ids is None or entry.id in ids)
         ]
         for entry in mine:
-            entry.owner, entry.delivered_at_s = _NOBODY, -inf
+            entry.owner, entry.delivered_at_s = NOBODY if count_attempt else UNTRIED, -inf
             if count_attempt:
                 pause_s = self._policy.retry_s * 2 ** (entry.deliveries - 1)
                 entry.delivered_at_s = self._clock() - max(0.0, self._policy.lease_s - pause_s)
@@ -263,7 +265,7 @@ class MemoryTransport:
         return len(mine)
 
     async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = blob_name(data)
         self._keep(f"blob:{sha256}", data, keep_s)
         return sha256
 
@@ -352,6 +354,19 @@ class MemoryTransport:
             raise NotFoundError(f"no job {job_id}; it never was, or it ended more than an hour ago")
         return self._state.jobs[job_id]
 
+    def _attach(self, job: NewJob) -> Admission | None:
+        known = self._state.jobs.get(job.id)
+        if known is None:
+            return None
+        if known.new.digest != job.digest:
+            raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
+        attached = not job.nonce or known.new.nonce != job.nonce
+        if not known.state.terminal:
+            # Whoever leaves it to itself wants it made without being watched.
+            known.watch_lease_s = job.watch_lease_s and known.watch_lease_s
+            known.watch_until_s = known.watch_lease_s and self._clock() + known.watch_lease_s
+        return Admission(attached, known.admitted_at_s, known.deadline_at_s)
+
     def _refuse_over_limits(self, job: NewJob) -> float:
         """Returns what `_paced` says."""
         open_jobs = self._state.open_jobs()
@@ -361,13 +376,22 @@ class MemoryTransport:
         if of_tenant >= self._limits.jobs_of(job.quota):
             raise self._busy("tenant_jobs")
         paced_s = self._paced(job)
-        reserved_bytes = job.reserved_bytes // job.num_images * job.num_images
-        delivered = [known for known in self._state.jobs.values() if known.delivered]
-        while self._state.reserved_bytes() + reserved_bytes > self._limits.max_reserved_bytes:
-            if not delivered:
-                raise self._busy("bytes")
-            delivered.pop(0).results.clear()
+        if not self._has_room(job, self._limits.bytes_of_tenant, whose=job.tenant):
+            raise self._busy("tenant_bytes")
+        if not self._has_room(job, self._limits.max_reserved_bytes):
+            raise self._busy("bytes")
         return paced_s
+
+    def _has_room(self, job: NewJob, most: int, *, whose: str | None = None) -> bool:
+        """Whether so many bytes are left, of one tenant's or of all. Results that their client has read go first."""
+        jobs = [known for known in self._state.jobs.values() if whose is None or known.new.tenant == whose]
+        delivered = [known for known in jobs if known.delivered]
+        reserved_bytes = job.reserved_bytes // job.num_images * job.num_images
+        while sum(known.reserved_bytes for known in jobs) + reserved_bytes > most:
+            if not delivered:
+                return False
+            delivered.pop(0).results.clear()
+        return True
 
     def _paced(self, job: NewJob) -> float:
         """Until when the tenant's images would have been made, evenly, at the rate that it may have."""

@@ -16,6 +16,8 @@ from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
 WAITING = "waiting"
+# Owners of what was handed back: after a failure, and for no fault of anybody's.
+NOBODY, UNTRIED = "nobody", "untried"
 
 
 @dataclass(slots=True)
@@ -126,9 +128,6 @@ class State:
 
     def open_jobs(self) -> list[Job]:
         return [job for job in self.jobs.values() if not job.state.terminal]
-
-    def reserved_bytes(self) -> int:
-        return sum(job.reserved_bytes for job in self.jobs.values())
 
     def num_slots(self) -> float:
         """Of the live denoisers; half of the least window while there are none."""
@@ -264,8 +263,9 @@ class State:
             elif last and (held or taken):
                 waits = waits or (not alone and self._clears_its_hands(stage, worker_id))
             elif len(taken) < count and not alone and (failures or not suspects):
+                if entry.owner != UNTRIED:
+                    self.totals[f"redelivered:{stage}"] += 1
                 taken.append(self._deliver(entry, stage, worker_id))
-                self.totals[f"redelivered:{stage}"] += 1
                 suspects, alone = suspects or failures > 0, last
                 if last:
                     self._cleared.pop(stage, None)

@@ -9,10 +9,10 @@ _MEMORY = 0.98
 
 
 class Pace:
-    """The time during which a worker had work in hand, over the images that it ended in it.
+    """The time during which a worker was at work, over the images that it ended in it.
 
     Images share that time where they are worked on at once, so this is what one more of them costs. Each counts less
-    with every one that follows: the last fifty or so decide.
+    with every one that follows: the last fifty or so decide. Outcomes that wait for the store are no work any more.
 
     Args:
         clock: seconds.
@@ -20,7 +20,8 @@ class Pace:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since_s: float | None = None
+        self._at_work: set[object] = set()
+        self._since_s = 0.0
         self._open_s = self._busy_s = self._images = 0.0
 
     @property
@@ -28,15 +29,15 @@ class Pace:
         """0 before the first image."""
         return self._busy_s / self._images if self._images else 0.0
 
-    def took(self) -> None:
-        """Something is in hand."""
-        if self._since_s is None:
-            self._since_s = self._clock()
-
-    def emptied(self) -> None:
-        """Nothing is in hand any more."""
+    def began(self, work: object) -> None:
+        """Something is being worked on."""
         self._pass_time()
-        self._since_s = None
+        self._at_work.add(work)
+
+    def left(self, work: object) -> None:
+        """It is not worked on any more; it may have been said before."""
+        self._pass_time()
+        self._at_work.discard(work)
 
     def ended(self) -> None:
         """An image was ended here, or went on."""
@@ -45,6 +46,7 @@ class Pace:
         self._open_s = 0.0
 
     def _pass_time(self) -> None:
-        if self._since_s is not None:
-            now_s = self._clock()
-            self._open_s, self._since_s = self._open_s + now_s - self._since_s, now_s
+        now_s = self._clock()
+        if self._at_work:
+            self._open_s += now_s - self._since_s
+        self._since_s = now_s

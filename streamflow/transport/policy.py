@@ -18,6 +18,7 @@ class Policy:
         min_window: images under way at once while no denoiser is registered; else twice the live denoiser slots.
         priority_weight_s: how much earlier one step of priority makes an image arrive.
         urgent_s: an image is worth its deadline less this, where that is sooner than its arrival.
+        blob_margin_s: how much longer than a job's deadline its images are kept, so that no stage misses them.
         result_s, delivered_s: how long results are kept after the job ended, and after they were delivered.
         tombstone_s: how long the job itself can be read after it ended.
         watch_grace_s: no watch lease lapses for so long after nobody reaped for `reap_gap_s`; then watchers could not
@@ -39,6 +40,7 @@ class Policy:
     min_window: int = 8
     priority_weight_s: float = 60.0
     urgent_s: float = 15.0
+    blob_margin_s: float = 60.0
     result_s: float = 900.0
     delivered_s: float = 60.0
     tombstone_s: float = 3600.0

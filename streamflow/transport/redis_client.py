@@ -97,7 +97,8 @@ def _translated() -> Iterator[None]:
     except ResponseError as error:
         # Redis 6.2 hides the kind of an error inside a script in its text.
         if isinstance(error, OutOfMemoryError) or "-OOM" in str(error):
-            raise BusyError("the store is full; try again when results have been delivered") from error
+            message = "the store is full; try again when results have been delivered"
+            raise BusyError(message, reason="full") from error
         if isinstance(error, ReadOnlyError | MasterDownError) or any(word in str(error) for word in _NOT_NOW):
             raise _away(f"Redis cannot take writes now: {error}") from error
         if any(word in str(error) for word in _NOT_ALLOWED):

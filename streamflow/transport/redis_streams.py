@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict
 
 import redis.asyncio as redis
 
@@ -29,6 +26,7 @@ from streamflow.transport.base import (
     Payload,
     PreviewTask,
     QueuePosition,
+    blob_name,
 )
 from streamflow.transport.events import RedisEvents, follow
 from streamflow.transport.keys import Keys
@@ -46,6 +44,7 @@ from streamflow.transport.replies import (
     preview_from,
     taken_by_script,
     worker_from,
+    worker_text,
 )
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
 
@@ -121,32 +120,12 @@ class RedisTransport:
     # -- gateways ----------------------------------------------------------------------------------------------------
 
     async def admit(self, job: NewJob) -> Admission:
-        answer, *details = await self._calls.script(
-            "admit",
-            job.id,
-            job.digest,
-            job.spec,
-            job.num_images,
-            job.tenant,
-            job.timeout_s,
-            job.priority,
-            job.work,
-            job.reserved_bytes // job.num_images,
-            "" if job.watch_lease_s is None else job.watch_lease_s,
-            job.traceparent,
-            job.nonce,
-            self._limits.max_jobs,
-            self._limits.jobs_of(job.quota),
-            self._limits.max_reserved_bytes,
-            self._limits.images_per_minute_of(job.quota),
-        )
-        if answer == b"exists":
-            raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
-        if answer == b"busy":
-            raise busy(details[1].decode(), retry_after_s=float(details[0]))
-        if answer == b"late":
-            raise too_late(float(details[1]), left_s=job.timeout_s)
-        return Admission(answer == b"attached", *map(float, details))
+        admission = await self._admit(job, looks=False)
+        assert admission is not None
+        return admission
+
+    async def look(self, job: NewJob) -> Admission | None:
+        return await self._admit(job, looks=True)
 
     async def job(self, job_id: str) -> JobView:
         fields = await self._calls.command("HGETALL", self._keys.job(job_id))
@@ -250,6 +229,7 @@ class RedisTransport:
             entry.ref.index,
             entry.stage.value,
             entry.id,
+            self._holder(entry),
             to.value,
             len(warnings),
             *warnings,
@@ -262,7 +242,8 @@ class RedisTransport:
         what: tuple[str | bytes, ...] = (
             (result.code, result.message, result.stage) if isinstance(result, Failure) else (result,)
         )
-        done = await self._calls.script("finish", entry.ref.job_id, entry.ref.index, entry.stage.value, entry.id, *what)
+        where = (entry.ref.job_id, entry.ref.index, entry.stage.value, entry.id, self._holder(entry))
+        done = await self._calls.script("finish", *where, *what)
         self._put_down([entry])
         return bool(done)
 
@@ -291,7 +272,7 @@ class RedisTransport:
         return count
 
     async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = blob_name(data)
         args = (sha256, int(keep_s * 1000), int(admitted))
         if not await self._calls.script("blob", *args):
             await self._calls.script("blob", *args, data)
@@ -329,7 +310,7 @@ class RedisTransport:
     # -- everybody ---------------------------------------------------------------------------------------------------
 
     async def register(self, worker: WorkerInfo, *, lease_s: float) -> None:
-        await self._calls.script("register", worker.worker_id, lease_s, json.dumps(asdict(worker)))
+        await self._calls.script("register", worker.worker_id, lease_s, worker_text(worker))
 
     async def unregister(self, worker_id: str) -> None:
         await self._calls.script("unregister", worker_id)
@@ -368,6 +349,38 @@ class RedisTransport:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
+    async def _admit(self, job: NewJob, *, looks: bool) -> Admission | None:
+        """None where it only looked and there was nothing to say."""
+        answer, *details = await self._calls.script(
+            "admit",
+            job.id,
+            job.digest,
+            job.spec,
+            job.num_images,
+            job.tenant,
+            job.timeout_s,
+            job.priority,
+            job.work,
+            job.reserved_bytes // job.num_images,
+            "" if job.watch_lease_s is None else job.watch_lease_s,
+            job.traceparent,
+            job.nonce,
+            self._limits.max_jobs,
+            self._limits.jobs_of(job.quota),
+            self._limits.max_reserved_bytes,
+            self._limits.bytes_of_tenant,
+            self._limits.images_per_minute_of(job.quota),
+            int(looks),
+            *(part for blob in job.blobs.items() for part in blob),
+        )
+        if answer == b"exists":
+            raise AlreadyExistsError(f"a different request has the id {job.id} already; use another id")
+        if answer == b"busy":
+            raise busy(details[1].decode(), retry_after_s=float(details[0]))
+        if answer == b"late":
+            raise too_late(float(details[1]), left_s=job.timeout_s)
+        return None if answer == b"open" else Admission(answer == b"attached", *map(float, details))
+
     async def _places(self, tenant: str, after: JobPlace | None, count: int) -> list[JobPlace]:
         index = self._keys.jobs(tenant)
         at = "inf" if after is None else repr(after.admitted_at_s)
@@ -405,6 +418,10 @@ class RedisTransport:
             return True
         call = ("XREAD", "COUNT", 1, "BLOCK", max(1, int(block_s * 1000)), "STREAMS", self._keys.stream(stage), seen)
         return bool(await self._calls.command(*call))
+
+    def _holder(self, entry: Entry) -> str:
+        """The worker that was given it; empty once it was put down."""
+        return next((worker for worker, held in self._in_hand.items() if held.get(entry.id) is entry), "")
 
     def _put_down(self, entries: Iterable[Entry]) -> None:
         for entry in entries:

@@ -9,13 +9,15 @@ _WHY = {
     "tenant_jobs": "too many jobs of yours are under way",
     "rate": "you have asked for more images than you may have in a minute",
     "bytes": "too many bytes of results are stored or under way",
+    "tenant_bytes": "too many bytes of results of yours are stored or under way",
     "work": "so much waits that the deadline would pass first",
 }
 
 
 def busy(why: str, *, retry_after_s: float) -> BusyError:
     """Args: why: a key of the sentences above."""
-    return BusyError(f"{_WHY[why]}; try again in {retry_after_s:.0f} s", retry_after_s=retry_after_s)
+    message = f"{_WHY[why]}; try again in {retry_after_s:.0f} s"
+    return BusyError(message, retry_after_s=retry_after_s, reason=why)
 
 
 def too_late(expected_s: float, *, left_s: float) -> DeadlineError:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from streamflow.transport.base import (
     DeadLetter,
@@ -102,6 +103,12 @@ def job_from(job_id: str, fields: Mapping[bytes, bytes]) -> JobView:
     )
 
 
+def worker_text(worker: WorkerInfo) -> str:
+    """JSON that begins with what the scripts read of it: they need not decode the rest (`registered` in common.lua)."""
+    head = {"stage": worker.stage, "slots": worker.slots, "draining": worker.draining}
+    return json.dumps({**head, **asdict(worker)})
+
+
 def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:
     """A worker and when its lease lapses. Fields that we do not know are those of a newer replica.
 
@@ -113,12 +120,21 @@ def worker_from(value: bytes) -> tuple[WorkerInfo, float] | None:
         of_ours = {
             "stage": Stage(known["stage"]),
             "row_counts": tuple(known.get("row_counts", ())),
-            "work": tuple(SlotView(**slot) for slot in known.get("work", ())),
+            "work": _work_from(known.get("work")),
         }
         return WorkerInfo(**{**known, **of_ours}), float(lapses)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("an entry of the registry cannot be read: %s", error)
         return None
+
+
+def _work_from(said: Any) -> tuple[SlotView, ...]:
+    """Empty where it cannot be read: nothing but what people are shown depends on it."""
+    names = SlotView.__dataclass_fields__
+    try:
+        return tuple(SlotView(**{name: slot[name] for name in slot.keys() & names}) for slot in said or ())
+    except (TypeError, AttributeError):
+        return ()
 
 
 def dead_letter_from(entry: tuple[bytes, Mapping[bytes, bytes]]) -> DeadLetter | None:

@@ -34,6 +34,8 @@ _SUSPEND_S = 1.5
 _TRANSIENT = (UnavailableError, BusyError)
 # Outcomes of work that was done; the others are of attempts.
 _MADE = frozenset({"advanced", "finished", "failed"})
+# Told as 0 before the first time: a rate needs a value then.
+_COUNTED = ("ended_total", "late_total", "handed_back_total", "lost_total", "cancelled_total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class StageWorker:
         self._leave_at = inf
         self._lent = 0
         self._read_backoff, self._work_backoff = Backoff(), Backoff()
-        self.counters: Counter[str] = Counter()
+        self.counters = Counter(dict.fromkeys(_COUNTED, 0))
 
     def __repr__(self) -> str:
         state = "stopped" if self._stopped.is_set() else "draining" if self.draining else "reading"
@@ -210,15 +212,14 @@ class StageWorker:
         context = EntryContext(entry, progress_timeout_s=self._progress_timeout_s)
         task = tasks.create_task(self._work(context), name=f"{self._stage} {entry.ref} attempt {entry.attempt}")
         self._in_hand[entry.id] = context, task
-        self._pace.took()
-        task.add_done_callback(lambda ended: self._put_down(entry.id, ended))
+        self._pace.began(context)
+        task.add_done_callback(lambda ended: self._put_down(context, ended))
 
-    def _put_down(self, entry_id: str, ended: asyncio.Task[None]) -> None:
+    def _put_down(self, context: EntryContext, ended: asyncio.Task[None]) -> None:
+        self._pace.left(context)
         # What was handed back may have been taken again before its first task was seen to end.
-        if self._in_hand.get(entry_id, (None, None))[1] is ended:
-            del self._in_hand[entry_id]
-            if not self._in_hand:
-                self._pace.emptied()
+        if self._in_hand.get(context.entry.id, (None, None))[1] is ended:
+            del self._in_hand[context.entry.id]
         self._changed.set()
 
     # -- one entry ---------------------------------------------------------------------------------------------------
@@ -233,13 +234,30 @@ class StageWorker:
     async def _attempt(self, context: EntryContext) -> str:
         """What became of it, in the words of WorkRecord."""
         outcome: Outcome | _HandBack | _End = await self._outcome(context)
+        # However long the store is away now, this image costs no more.
+        self._pace.left(context)
         try:
             in_time = await self._settle(context.entry, outcome)
         except Exception:
             log.exception("%s: the outcome of %s cannot be stored", self._stage.service, context.entry.ref)
             outcome = _HandBack(count_attempt=True)
             in_time = await self._settle(context.entry, outcome)
-        return _told(outcome) if in_time else "late"
+        return self._told(outcome) if in_time else "late"
+
+    def _told(self, outcome: Outcome | _HandBack | _End) -> str:
+        match outcome:
+            case Advance(to) if to is self._stage:
+                return "handed_back"  # with what was done of it
+            case Advance():
+                return "advanced"
+            case Finish(Failure()):
+                return "failed"
+            case Finish():
+                return "finished"
+            case _End(state):
+                return state.value
+            case _HandBack():
+                return "handed_back"
 
     def _tell(self, record: WorkRecord) -> None:
         if record.outcome in _MADE:
@@ -392,17 +410,3 @@ class StageWorker:
             await self._transport.unregister(self._worker_id)
         except _TRANSIENT as error:
             log.warning("%s: others take over when the leases lapse: %s", self._stage.service, error)
-
-
-def _told(outcome: Outcome | _HandBack | _End) -> str:
-    match outcome:
-        case Advance():
-            return "advanced"
-        case Finish(Failure()):
-            return "failed"
-        case Finish():
-            return "finished"
-        case _End(state):
-            return state.value
-        case _HandBack():
-            return "handed_back"

@@ -169,8 +169,9 @@ def test_the_digest_is_of_what_was_asked():
     assert admission.digest(request(seed=1)) != admission.digest(request(seed=2))
 
 
-def test_a_request_that_can_never_fit_is_not_told_to_come_back():
-    settings = GatewaySettings(max_reserved_bytes=2**20)
+@pytest.mark.parametrize("setting", ["max_reserved_bytes", "max_tenant_reserved_bytes"])
+def test_a_request_that_can_never_fit_is_not_told_to_come_back(setting):
+    settings = GatewaySettings(**{setting: 2**20})
     with pytest.raises(InvalidRequestError, match="fewer or smaller"):
         admission.check(request(num_images=8), card=CARD, settings=settings)
 

@@ -9,8 +9,12 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
+import redis
 from PIL import Image
 
+from gateway.images import prepare
+from gateway.pipeline import Pipeline
+from streamflow.config import GatewaySettings
 from streamflow.errors import (
     AlreadyExistsError,
     BusyError,
@@ -19,12 +23,17 @@ from streamflow.errors import (
     NotFoundError,
     UnavailableError,
 )
+from streamflow.rpc.auth import Caller
 from streamflow.rpc.channels import key_metadata
 from streamflow.rpc.errors import from_rpc_error
-from streamflow.transport.base import ImageRef
+from streamflow.telemetry import Counters
+from streamflow.transport.base import ImageRef, blob_name
+from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.policy import Policy
+from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Failure, Stage, WorkerInfo
 from streamflow.v1 import gateway_pb2, types_pb2
+from tests.cards import CARD
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -508,6 +517,51 @@ async def test_source_images_reach_the_stages_as_plain_pngs(deploy):
         ("PNG", "RGB", (32, 24)),
         ("PNG", "L", (32, 24)),
     ]
+
+
+async def test_a_request_over_its_quota_is_refused_before_its_images_are_touched(deploy):
+    deployment = deploy(max_tenant_jobs=1)
+    gateway = await deployment.gateway()
+    values = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(values).save(file, "PNG")
+    png = {"init_image": file.getvalue(), "width": 32, "height": 24}
+    await gateway.stub.Submit(request(request_id="first", **png))
+    blob = prepare(file.getvalue(), b"", width=32, height=24, max_pixels=10**6).init
+    smaller = {"init_image": file.getvalue(), "width": 16, "height": 16}
+    assert isinstance(await refused(gateway.stub.Submit(request(**smaller))), BusyError)
+    unused = prepare(file.getvalue(), b"", width=16, height=16, max_pixels=10**6).init
+    stored = [await deployment.transport.get_blob(blob_name(data)) for data in (blob, unused)]
+    assert stored == [blob, None]
+    # Decoding it would have said that it is none.
+    no_picture = request(init_image=b"no picture")
+    assert isinstance(await refused(gateway.stub.Submit(no_picture)), BusyError)
+    again = await gateway.stub.Submit(request(request_id="first", **png))
+    assert again.request_id == "first"
+    deployment.start_worker()
+    events = await read(gateway.stub.Watch(watch("first")))
+    assert events[-1].done.state == types_pb2.JOB_STATE_IMAGES
+    counters = (await gateway.stub.Status(types_pb2.StatusRequest())).counters
+    assert (counters["busy_tenant_jobs_total"], counters["busy_total"], counters["busy_full_total"]) == (2, 2, 0)
+
+
+async def test_a_full_store_is_counted_by_the_gateway():
+    counters = Counters()
+    with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as raw:
+        transport = RedisTransport.from_url(server.url)
+        pipeline = Pipeline(transport, card=CARD, settings=GatewaySettings(), counters=counters)
+        assert counters.snapshot()["busy_full_total"] == 0
+        raw.config_set("maxmemory", 100_000)
+        for fields in ({}, {"init_image": b"no picture"}):
+            with pytest.raises(BusyError, match="full"):
+                await pipeline.submit(request(**fields), caller=Caller(""), remaining_s=None, detach=True)
+        assert {name: count for name, count in counters.snapshot().items() if count} == {
+            "busy_total": 2,
+            "busy_full_total": 2,
+        }
+        raw.config_set("maxmemory", 0)
+        assert not (await transport.overview()).totals
+        await transport.close()
 
 
 async def test_a_bad_source_image_is_refused_before_anything_is_written(deploy):

@@ -353,7 +353,7 @@ class Peer:
     async def _advance(self, one: Forged, entry: Entry) -> None:
         job, index = entry.ref.job_id, entry.ref.index
         more = [*itertools.chain(*one.head.items()), *self._payload(one)]
-        args = (job, index, entry.stage.value, entry.id, one.stage.value, 0, *more)
+        args = (job, index, entry.stage.value, entry.id, "", one.stage.value, 0, *more)
         await self._transport._calls.script("advance", *args)
 
     async def _place(self, one: Forged) -> None:

@@ -26,8 +26,8 @@ from tests.transport.worlds import new_job, redis_binary
 STAGES = {"read", "ended_jobs", "spec", "advance", "finish", "heartbeat", "hand_back", "register", "unregister"}
 STAGES |= {"cancel", "backlog", "ping", "get_blob", "lease_gpu", "free_gpu"}
 METHODS = {
-    "gateway": {"admit", "job", "jobs", "result", "mark_delivered", "cancel", "renew_watch", "queue_position"}
-    | {"expected_s", "subscribe", "reap", "dead_letters", "remove_dead_letter", "put_blob", "get_blob", "workers"}
+    "gateway": {"admit", "look", "job", "jobs", "result", "mark_delivered", "cancel", "renew_watch", "queue_position"}
+    | {"expected_s", "subscribe", "reap", "dead_letters", "remove_dead_letter", "get_blob", "workers"}
     | {"backlog", "overview", "ping"},
     "encoder": STAGES | {"job", "put_blob", "get_cached", "put_cached"},
     "denoiser": STAGES | {"put_blob", "get_cached", "publish", "push_preview"},
@@ -61,7 +61,7 @@ def commands_of_method(name: str) -> set[str]:
     return found
 
 
-_HELPERS = ("_places", "_views", "_take", "_more")
+_HELPERS = ("_admit", "_places", "_views", "_take", "_more")
 
 
 def calls_of_transport(*places: str) -> set[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
-from streamflow.transport.base import Heartbeat, ImageRef, Limits
+from streamflow.transport.base import Heartbeat, ImageRef, Limits, blob_name
 from streamflow.types import Failure, JobState
 from tests.transport.worlds import DECODE, DENOISE, ENCODE, FAST, QUIET, denoiser, new_job, run_through, take
 
@@ -66,6 +66,98 @@ async def test_reservations_are_corrected_and_delivered_results_go_first(world):
     assert await transport.result(ImageRef("a", 0)) is None
     await transport.cancel("b")
     await transport.admit(new_job("c", reserved_bytes=100))
+
+
+async def test_results_of_a_tenant_take_no_more_than_it_may_have(world):
+    transport = world.open(limits=Limits(max_reserved_bytes=1000, max_tenant_reserved_bytes=100))
+    small = {"num_images": 2, "reserved_bytes": 80, "tenant": "t"}
+    await transport.admit(new_job("a", **small))
+    with pytest.raises(BusyError, match="results of yours") as refusal:
+        await transport.admit(new_job("b", **small))
+    assert (refusal.value.reason, refusal.value.retry_after_s >= 1) == ("tenant_bytes", True)
+    await transport.admit(new_job("b", reserved_bytes=100, tenant="another"))
+    await transport.cancel("b")
+    # 20 of 80 bytes were used; what nobody fetches counts until it expires.
+    await run_through(transport, 2, result=b"x" * 10)
+    with pytest.raises(BusyError):
+        await transport.admit(new_job("b2", reserved_bytes=81, tenant="t"))
+    await transport.admit(new_job("b2", reserved_bytes=80, tenant="t"))
+    await transport.cancel("b2")
+    # Its own results go first once they were read, and only its own.
+    await transport.mark_delivered("a")
+    await transport.admit(new_job("other", tenant="another", reserved_bytes=30))
+    await run_through(transport, result=b"y" * 30)
+    await transport.mark_delivered("other")
+    await transport.admit(new_job("c", reserved_bytes=81, tenant="t"))
+    assert await transport.result(ImageRef("a", 0)) is None
+    assert await transport.result(ImageRef("other", 0)) == b"y" * 30
+
+
+async def test_what_a_tenant_reserved_is_given_back_however_its_jobs_end(world, eventually):
+    policy = replace(FAST, max_deliveries=1, result_s=0.05, tombstone_s=0.3)
+    transport = world.open(policy=policy, limits=Limits(max_tenant_reserved_bytes=100))
+    full = {"num_images": 2, "reserved_bytes": 100, "tenant": "t"}
+
+    async def admitted(job_id: str, **fields: object) -> bool:
+        await transport.reap()
+        try:
+            return not (await transport.admit(new_job(job_id, **full, **fields))).attached
+        except BusyError:
+            return False
+
+    assert await admitted("cancelled")
+    assert not await admitted("one-more")
+    await transport.cancel("cancelled")
+    assert await admitted("failed")
+    [entry, _] = await take(transport, ENCODE, count=2)
+    await transport.finish(entry, Failure("INTERNAL", "broken", "encoder"))
+    assert await admitted("given-up")
+    await take(transport, ENCODE, "dies", 1)
+    await transport.hand_back(ENCODE, "dies", None, count_attempt=True)
+    await take(transport, ENCODE, "w")
+    assert (await transport.job("given-up")).state is JobState.ERROR
+    assert await admitted("unwatched", watch_lease_s=0.01)
+    await eventually(lambda: admitted("late", timeout_s=0.01))
+    await eventually(lambda: admitted("expires"))
+    await run_through(transport, 2, result=b"x" * 20)
+    assert not await admitted("early")
+    # Not delivered, only expired.
+    await eventually(lambda: admitted("last"))
+
+
+async def test_a_look_says_what_admission_would_and_leaves_no_trace(world):
+    transport = world.open(limits=Limits(max_jobs=2, max_tenant_jobs=1, max_reserved_bytes=100))
+    new = new_job("a", tenant="t", reserved_bytes=60, watch_lease_s=5)
+    assert await transport.look(new) is None
+    with pytest.raises(NotFoundError):
+        await transport.job("a")
+    assert await transport.jobs(tenant="t") == []
+    assert not (await transport.overview()).totals
+    first = await transport.admit(new)
+    assert not first.attached
+    for fields in ({"tenant": "t"}, {"tenant": "another", "reserved_bytes": 60}):
+        with pytest.raises(BusyError):
+            await transport.look(new_job("b", **fields))
+        with pytest.raises(NotFoundError):
+            await transport.job("b")
+    # The same one is attached to, whatever the limits say by now.
+    again = await transport.look(new)
+    assert (again.attached, again.deadline_at_s) == (True, pytest.approx(first.deadline_at_s))
+    with pytest.raises(AlreadyExistsError):
+        await transport.look(replace(new, digest="another"))
+    totals = (await transport.overview()).totals
+    assert totals == {"admitted": 1, "admitted_images": 1, "refused:tenant_jobs": 1, "refused:bytes": 1}
+    assert (await transport.backlog())["encode"] == 1
+
+
+async def test_images_of_a_job_are_stored_with_its_admission_alone(world):
+    transport = world.open(limits=Limits(max_jobs=1), policy=replace(FAST, blob_margin_s=0.0))
+    picture, other = b"picture" * 1000, b"another"
+    await transport.admit(new_job("a", blobs={blob_name(picture): picture}))
+    with pytest.raises(BusyError):
+        await transport.admit(new_job("b", blobs={blob_name(other): other}))
+    assert await transport.get_blob(blob_name(picture)) == picture
+    assert await transport.get_blob(blob_name(other)) is None
 
 
 async def test_priorities_order_what_waits(transport):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import redis
 
 from streamflow.transport.base import ImageRef, JobPlace, PreviewTask, Transport
-from streamflow.types import WorkerInfo
+from streamflow.transport.replies import worker_from, worker_text
+from streamflow.types import SlotView, WorkerInfo
 from tests.transport.worlds import ENCODE, FAST, denoiser, new_job
 
 
@@ -252,6 +254,7 @@ async def test_what_nobody_of_ours_registered_is_left_out(redis_world, deploymen
             ("no-stage", b'9e9 {"stage": "bakery", "slots": 9}'),
             ("no-fields", b'9e9 {"stage": "denoise", "slots": "many"}'),
             ("long-dead", b'1 {"stage": 3}'),
+            ("no-time", b'soon {"stage": "denoise", "slots": 9, "draining": false, "worker_id": 1}'),
         ):
             client.hset(f"sf:v1:{{{deployment}}}:workers", name, value)
     assert [worker.worker_id for worker in await transport.workers()] == ["gpu"]
@@ -274,6 +277,47 @@ async def test_what_a_newer_replica_says_besides_is_ignored(world):
     # Its slots count: the window is twice three and one.
     await older.admit(new_job(num_images=20))
     assert (await older.backlog())["encode"] == 8
+
+
+async def test_what_a_newer_replica_says_of_its_slots_is_read_as_far_as_it_is_known(redis_world, deployment):
+    transport = redis_world.open()
+    slot = SlotView("a:0", 1, 4, 0.5, "euler")
+    for name, work in (
+        ("newer", [{**asdict(slot), "guidance": 3.0}]),
+        ("renamed", [{"picture": "a:0"}]),
+        ("another", 7),
+        ("odd", ["a:0"]),
+    ):
+        await transport.register(denoiser(name, slots=1, work=work), lease_s=60)
+    assert {worker.worker_id: worker.work for worker in await transport.workers()} == {
+        "newer": (slot,),
+        "renamed": (),
+        "another": (),
+        "odd": (),
+    }
+
+
+async def test_workers_that_older_replicas_registered_count_as_well(redis_world, deployment):
+    transport = redis_world.open()
+    await transport.register(denoiser("newer", slots=1), lease_s=60)
+    await transport.register(denoiser("leaving", slots=9, draining=True), lease_s=60)
+    await transport.register(denoiser("gone", slots=9), lease_s=-1)
+    with redis.Redis.from_url(redis_world.server.url) as client:
+        for name, draining in (("older", False), ("older-leaving", True)):
+            value = f"9999999999.5 {json.dumps(asdict(denoiser(name, slots=2, draining=draining)))}"
+            client.hset(f"sf:v1:{{{deployment}}}:workers", name, value)
+    assert {worker.worker_id for worker in await transport.workers()} == {"newer", "leaving", "older", "older-leaving"}
+    await transport.admit(new_job(num_images=20))
+    assert (await transport.backlog())["encode"] == 6
+    for name in ("older", "newer", "leaving"):
+        await transport.unregister(name)
+    assert [worker.worker_id for worker in await transport.workers()] == ["older-leaving"]
+
+
+def test_what_the_scripts_read_of_a_worker_stands_first():
+    text = worker_text(denoiser("gpu", slots=3))
+    assert text.startswith('{"stage": "denoise", "slots": 3, "draining": false, ')
+    assert worker_from(f"5.5 {text}".encode()) == (denoiser("gpu", slots=3), 5.5)
 
 
 def test_a_job_without_images_is_a_mistake():

@@ -74,3 +74,25 @@ async def test_what_is_taken_again_and_given_up_is_counted(world: World, eventua
     overview = await transport.overview()
     told = {name: total for name, total in overview.totals.items() if name.startswith(("redelivered", "given_up"))}
     assert (told, overview.dead_letters) == ({"redelivered:encode": 1, "given_up:encode": 1}, 1)
+
+
+async def test_what_was_handed_back_for_no_fault_is_not_counted_as_taken_over(world: World, eventually) -> None:
+    transport, other = world.open(), world.open()
+    await transport.admit(new_job("a", num_images=3))
+
+    async def redelivered() -> int:
+        return (await transport.overview()).totals.get("redelivered:encode", 0)
+
+    # As in a drain, and when Redis is away for a moment.
+    for worker in ("leaves", "leaves-too"):
+        entries = await transport.read(Stage.ENCODE, worker, 3, block_s=0)
+        await transport.hand_back(Stage.ENCODE, worker, entries, count_attempt=False)
+    assert len(await transport.read(Stage.ENCODE, "dies", 3, block_s=0)) == 3
+    assert await redelivered() == 0
+    # Nobody beats for them.
+    await eventually(lambda: other.read(Stage.ENCODE, "other", 3, block_s=0))
+    assert await redelivered() == 3
+    # What failed before is not counted once more for being handed back.
+    await other.hand_back(Stage.ENCODE, "other", None, count_attempt=False)
+    assert len(await transport.read(Stage.ENCODE, "third", 3, block_s=0)) == 3
+    assert await redelivered() == 3

@@ -15,7 +15,7 @@ from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.keys import Keys
 from streamflow.transport.redis_client import redis_errors
 from streamflow.transport.redis_streams import RedisTransport
-from streamflow.types import Stage, WorkerInfo
+from streamflow.types import Failure, Stage, WorkerInfo
 from tests.transport.worlds import DENOISE, ENCODE, FAST, World, new_job, redis_binary, run_through, take
 
 
@@ -71,6 +71,7 @@ async def test_a_job_that_is_over_leaves_nothing(redis_world, raw, deployment, e
     # Empty streams, because of their groups, and a few numbers.
     assert left == {"encode", "denoise", "decode", "meta"}
     assert raw.hget(prefix + "meta", "reserved") == b"0"
+    assert [name for name in raw.hkeys(prefix + "meta") if name.startswith(b"reserved:")] == []
     for stage in Stage:
         assert raw.xlen(prefix + stage) == 0
         assert raw.xpending(prefix + stage, "workers")["pending"] == 0
@@ -207,6 +208,10 @@ async def test_admitted_work_drains_when_memory_is_full(own_world):
         await transport.admit(new_job("b"))
     with pytest.raises(NotFoundError):
         await transport.job("b")
+    for call in (transport.admit(new_job("b")), transport.look(new_job("b"))):
+        with pytest.raises(BusyError) as refusal:
+            await call
+        assert refusal.value.reason == "full"
     with pytest.raises(BusyError):
         await transport.put_blob(b"init image", keep_s=60)
     sha256 = await transport.put_blob(b"latents", keep_s=60, admitted=True)
@@ -217,6 +222,43 @@ async def test_admitted_work_drains_when_memory_is_full(own_world):
     await transport.ping()
     await run_through(transport, 6)
     assert await transport.result(ImageRef("a", 5)) == b"picture"
+
+
+async def test_a_move_whose_answer_was_lost_is_no_late_one(redis_world, monkeypatch):
+    transport, other = redis_world.open(), redis_world.open(policy=replace(FAST, lease_s=0.05))
+    await transport.admit(new_job("a", num_images=4))
+    send, lost = transport._calls._execute, []
+
+    async def lose_the_answer(*args):
+        answer = await send(*args)
+        lost.append(answer)
+        raise redis_py.ConnectionError("reset by peer")
+
+    moved, done, failed, stolen = await take(transport, ENCODE, count=4)
+    for entry, move in (
+        (moved, lambda: transport.advance(moved, DENOISE, {"latents": b"x"}, warnings=("short",))),
+        (done, lambda: transport.finish(done, b"picture")),
+    ):
+        monkeypatch.setattr(transport._calls, "_execute", lose_the_answer)
+        with pytest.raises(UnavailableError):
+            await move()
+        monkeypatch.undo()
+        assert lost.pop() == 1
+        assert await move(), entry.ref
+        assert not await move(), entry.ref
+    assert (await transport.job("a")).images == ("denoise", "done", "encode", "encode")
+    # Whoever else had the entry is late.
+    await asyncio.sleep(0.1)
+    taken = {entry.id: entry for entry in await take(other, ENCODE, "another", 9)}[stolen.id]
+    assert await other.finish(taken, b"another's")
+    assert not await transport.finish(stolen, b"late")
+    failure = Failure("INTERNAL", "broken", "encoder")
+    monkeypatch.setattr(transport._calls, "_execute", lose_the_answer)
+    with pytest.raises(UnavailableError):
+        await transport.finish(failed, failure)
+    monkeypatch.undo()
+    assert await transport.finish(failed, failure)
+    assert (await transport.job("a")).failure == failure
 
 
 async def test_nothing_is_lost_when_redis_is_killed(own_world):

@@ -10,7 +10,9 @@ import pytest
 
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
 from streamflow.transport.base import Entry, Heartbeat, ImageRef, Transport
+from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.handling import Advance, EntryContext, Finish, Outcome
+from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Failure, JobState, Stage
 from tests.transport.workers import STEADY, Hold, ended, make_worker, running
 from tests.transport.worlds import FAST, QUIET, World, new_job
@@ -389,7 +391,8 @@ async def test_at_the_end_of_a_drain_handlers_may_hand_over_what_they_have(world
         await leaving.wait()
         return Advance(Stage.ENCODE, {"done": b"half"})
 
-    worker = make_worker(world.open(policy=STEADY), handle, suspend=leaving.set)
+    told = []
+    worker = make_worker(world.open(policy=STEADY), handle, suspend=leaving.set, on_worked=told.append)
     async with running(worker) as run:
         await transport.admit(new_job(num_images=3))
         await eventually(lambda: asyncio.sleep(0, len(begun) == 3))
@@ -399,6 +402,11 @@ async def test_at_the_end_of_a_drain_handlers_may_hand_over_what_they_have(world
     entries = await transport.read(Stage.ENCODE, "other", 9, block_s=0)
     found = {entry.ref.index: (entry.attempt, dict(entry.payload)) for entry in entries}
     assert found == {0: (1, {"done": b"half"}), 1: (1, {"done": b"half"}), 2: (1, {})}
+    # Counted, told and timed alike: none of them was made here.
+    outcomes = {record.entry.ref.index: record.outcome for record in told}
+    assert outcomes == {0: "handed_back", 1: "handed_back", 2: "dropped"}
+    assert worker.counters["handed_back_total"] == 3
+    assert worker.info().image_ms == 0
 
 
 async def test_a_cancelled_worker_leaves_nothing_in_its_name(world, eventually):
@@ -476,3 +484,33 @@ async def test_it_tells_what_became_of_every_entry(steady, eventually) -> None:
         assert 0 <= record.worked_s < 30
         assert 0 <= record.waited_s < 30
     assert worker.info().image_ms > 0
+
+
+async def test_counters_begin_at_zero(steady):
+    names = ("ended_total", "late_total", "handed_back_total", "lost_total", "cancelled_total")
+    assert make_worker(steady, Hold()).info().counters == dict.fromkeys(names, 0)
+
+
+async def test_a_store_that_is_away_makes_no_image_dearer(deployment, eventually):
+    away_s = 1.5
+    with EmbeddedRedis() as server:
+        transport = RedisTransport.from_url(server.url, deployment=deployment, policy=replace(FAST, lease_s=60.0))
+
+        async def handle(context: EntryContext) -> Outcome:
+            if context.entry.ref.job_id == "a":
+                server.kill()
+            return Finish(b"picture")
+
+        worker = make_worker(transport, handle)
+        async with running(worker):
+            await transport.admit(new_job("a"))
+            await eventually(lambda: asyncio.sleep(0, worker.in_hand == 1))
+            await asyncio.sleep(away_s)
+            assert worker.in_hand == 1
+            server.start()
+            await eventually(ended(transport, "a"))
+            await transport.admit(new_job("b"))
+            await eventually(ended(transport, "b"))
+            await eventually(lambda: asyncio.sleep(0, not worker.in_hand))
+        assert 0 < worker.info().image_ms < 250 * away_s
+        await transport.close()

@@ -1,8 +1,10 @@
 -- id, digest, spec, images, tenant, timeout_s, priority, work and bytes of an image, watch lease or '', trace, nonce,
--- most jobs, jobs of a tenant, bytes, and images of a tenant in a minute (0 = any number)
+-- most jobs, jobs of a tenant, bytes, bytes of a tenant, and images of a tenant in a minute (0 = any number),
+-- whether it only looks (0, 1), then (sha256, bytes) for each blob that is stored with it
 -- -> {'admitted' or 'attached', admitted_at, deadline_at} | {'exists'} | {'busy' or 'late', retry_after_s, why}
+-- | {'open'} where it only looked
 local _, id, digest, spec, images, tenant, timeout_s, priority, work, share, watch_s, trace = unpack(ARGV, 1, 12)
-local nonce, max_jobs, max_tenant_jobs, max_bytes, per_minute = unpack(ARGV, 13)
+local nonce, max_jobs, max_tenant_jobs, max_bytes, max_tenant_bytes, per_minute, looks = unpack(ARGV, 13, 19)
 local key = job_key(id)
 images, per_minute = tonumber(images), tonumber(per_minute)
 
@@ -39,8 +41,18 @@ local function queue_s()
   return estimate(work_before(redis.call('ZCARD', WAITING)), 0, 1) or 0
 end
 
-local function excess()
-  return (redis.call('HGET', META, 'reserved') or 0) + share * images - max_bytes
+-- Whether so many bytes are left in a sum, of one tenant or of all. Results that their client has read go first.
+local function has_room(sum, most, whose)
+  local function excess()
+    return (redis.call('HGET', META, sum) or 0) + share * images - most
+  end
+  if excess() <= 0 then return true end
+  for _, ref in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW + C.delivered_s)) do
+    local of = redis.call('HMGET', job_key(split_ref(ref)), 'delivered', 'tenant')
+    if of[1] and (not whose or of[2] == whose) then free_result(ref) end
+    if excess() <= 0 then return true end
+  end
+  return false
 end
 
 if redis.call('ZCARD', OPEN) >= tonumber(max_jobs) then return refuse('busy', 'jobs', queue_s()) end
@@ -54,14 +66,8 @@ if per_minute > 0 then
   paced = paced + 60 * images / per_minute
   if paced > NOW + 60 then return refuse('busy', 'rate', paced - NOW - 60) end
 end
-if excess() > 0 then
-  -- Results that their client has read go first.
-  for _, ref in ipairs(redis.call('ZRANGEBYSCORE', RESULTS, '-inf', NOW + C.delivered_s)) do
-    if redis.call('HEXISTS', job_key(split_ref(ref)), 'delivered') == 1 then free_result(ref) end
-    if excess() <= 0 then break end
-  end
-  if excess() > 0 then return refuse('busy', 'bytes', queue_s()) end
-end
+if not has_room(reserved_by(tenant), max_tenant_bytes, tenant) then return refuse('busy', 'tenant_bytes', queue_s()) end
+if not has_room('reserved', max_bytes) then return refuse('busy', 'bytes', queue_s()) end
 
 -- Fair queuing: every image of a tenant moves its clock on by the time that it alone would take, and who is served
 -- next is whose clock is behind. While nothing waits nobody is ahead of anybody.
@@ -82,11 +88,17 @@ if fresh and expected_s > allowed_s then
   if alone_s > allowed_s then return refuse('late', seconds(alone_s), 0) end
   return refuse('busy', 'work', expected_s - allowed_s)
 end
+if looks == '1' then
+  redis.call('DEL', key)
+  return {'open'}
+end
 if expected_s then redis.call('HSET', key, 'estimate', seconds(expected_s)) end
 
 tally('admitted')
 tally('admitted_images', images)
-redis.call('HINCRBY', META, 'reserved', share * images)
+reserve(tenant, share * images)
+local keep_ms = math.ceil((timeout_s + C.blob_margin_s) * 1000)
+for i = 20, #ARGV, 2 do keep_blob(ARGV[i], keep_ms, ARGV[i + 1]) end
 redis.call('ZADD', jobs_key(tenant), seconds(NOW), id)
 redis.call('ZADD', OPEN, deadline, id)
 redis.call('HINCRBY', TENANTS, 'n:' .. tenant, 1)

@@ -6,7 +6,8 @@
 local META, WAITING, UNDER_WAY, OPEN, WATCH, ENDED, RESULTS, CACHE, WORKERS, DEAD, TENANTS, GPUS = unpack(KEYS)
 local C = cjson.decode(ARGV[1])
 local GROUP = 'workers'
-local NOBODY = 'nobody'
+-- Of what was handed back: after a failure, and for no fault of anybody's.
+local NOBODY, UNTRIED = 'nobody', 'untried'
 
 local time = redis.call('TIME')
 local NOW = time[1] + time[2] / 1e6
@@ -57,6 +58,17 @@ local function is_live(where)
   return where and (where == 'waiting' or string.find(where, ':', 1, true) ~= nil)
 end
 
+-- Remembers whose the last move of an image was, from which entry.
+local function note_move(id, index, from, entry, worker)
+  redis.call('HSET', job_key(id), 'm' .. index, from .. ':' .. entry .. ' ' .. worker)
+end
+
+-- For a move that comes too late: 1 where this worker made the very same one, and only the answer was lost.
+local function made_before(id, index, from, entry, worker)
+  local made = redis.call('HGET', job_key(id), 'm' .. index)
+  return worker ~= '' and made == from .. ':' .. entry .. ' ' .. worker and 1 or 0
+end
+
 local function discard(stream, entry)
   redis.call('XACK', stream, GROUP, entry)
   redis.call('XDEL', stream, entry)
@@ -70,21 +82,26 @@ local function enqueue(id, index, stage, payload)
   redis.call('HSET', job_key(id), 'i' .. index, stage .. ':' .. entry)
 end
 
--- When a worker's lease lapses, and what it says of itself; nothing where somebody else wrote the value.
+-- When a worker's lease lapses, its stage, its slots, and whether it drains; nothing where somebody else wrote the value.
 local function registered(value)
-  local lapses, said = string.match(value, '^(%S+) (.*)$')
+  local lapses, stage, slots, draining =
+    string.match(value, '^(%S+) {"stage": "(%l+)", "slots": (%d+), "draining": (%l+),')
+  if lapses then return tonumber(lapses), stage, tonumber(slots), draining == 'true' end
+  -- As replicas wrote it before. Decoding all that many workers say would take most of a script's time.
+  local said
+  lapses, said = string.match(value, '^(%S+) (.*)$')
   local readable, info = pcall(cjson.decode, said)
-  if readable and type(info) == 'table' and tonumber(lapses) then return tonumber(lapses), info end
+  if readable and type(info) == 'table' then
+    return tonumber(lapses), info.stage, tonumber(info.slots) or 0, info.draining
+  end
 end
 
 -- Of the live denoisers; half of the least window while there are none.
 local function num_slots()
   local slots = 0
   for _, value in ipairs(redis.call('HVALS', WORKERS)) do
-    local lapses, worker = registered(value)
-    if lapses and lapses > NOW and worker.stage == 'denoise' and not worker.draining then
-      slots = slots + (tonumber(worker.slots) or 0)
-    end
+    local lapses, stage, has, draining = registered(value)
+    if lapses and lapses > NOW and stage == 'denoise' and not draining then slots = slots + has end
   end
   return slots > 0 and slots or C.min_window / 2
 end
@@ -215,16 +232,43 @@ local function release()
   end
 end
 
+-- The field in which a tenant's part of what is reserved is kept.
+local function reserved_by(tenant)
+  return 'reserved:' .. tenant
+end
+
+-- Counts bytes that results of a tenant take or may take; back again with a negative number.
+local function reserve(tenant, bytes)
+  redis.call('HINCRBY', META, 'reserved', bytes)
+  local sum = reserved_by(tenant)
+  -- Below 0 where a replica that did not count so yet admitted the job.
+  if redis.call('HINCRBY', META, sum, bytes) <= 0 then redis.call('HDEL', META, sum) end
+end
+
+-- Stores bytes under their hash, or sees to it that those which are there stay; whether they are there.
+local function keep_blob(sha256, keep_ms, data)
+  local key = C.prefix .. 'blob:' .. sha256
+  local left_ms = redis.call('PTTL', key)
+  if left_ms == -2 and not data then return 0 end
+  if left_ms == -2 then
+    redis.call('SET', key, data, 'PX', keep_ms)
+  elseif left_ms < tonumber(keep_ms) then
+    -- Other jobs may need it longer: the expiry is only ever moved on.
+    redis.call('PEXPIRE', key, keep_ms)
+  end
+  return 1
+end
+
 -- Takes an image out of wherever it is. Gives back what was reserved beyond the bytes that are stored.
 local function end_image(id, index, state, stored_bytes)
   local key, ref = job_key(id), id .. ':' .. index
-  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share', 'work')
+  local job = redis.call('HMGET', key, 'i' .. index, 'revision', 'share', 'work', 'tenant')
   local stage, entry = string.match(job[1], '^(%l+):(.+)$')
   if stage then discard(stream_key(stage, job[2]), entry) end
   leave_queue(ref, job[4])
   redis.call('SREM', UNDER_WAY, ref)
   redis.call('HSET', key, 'i' .. index, state)
-  redis.call('HINCRBY', META, 'reserved', (stored_bytes or 0) - job[3])
+  reserve(job[5], (stored_bytes or 0) - job[3])
   tally('images:' .. state)
   return redis.call('HINCRBY', key, 'left', -1)
 end
@@ -237,8 +281,9 @@ end
 local function free_result(ref)
   local id, index = split_ref(ref)
   redis.call('DEL', result_key(id, index))
+  local bytes, tenant = unpack(redis.call('HMGET', job_key(id), 'b' .. index, 'tenant'))
   -- Not a negated 0, which Redis does not take for an integer.
-  redis.call('HINCRBY', META, 'reserved', 0 - (redis.call('HGET', job_key(id), 'b' .. index) or 0))
+  if bytes then reserve(tenant, 0 - bytes) end
   redis.call('HDEL', job_key(id), 'b' .. index)
   redis.call('ZREM', RESULTS, ref)
 end
@@ -302,9 +347,9 @@ end
 local function forget_worker(worker)
   local value = redis.call('HGET', WORKERS, worker)
   if not value then return end
-  local _, info = registered(value)
-  if info and type(info.stage) == 'string' then
-    local stream = stream_key(info.stage, C.revision)
+  local _, stage = registered(value)
+  if type(stage) == 'string' then
+    local stream = stream_key(stage, C.revision)
     local pending = redis.pcall('XPENDING', stream, GROUP, '-', '+', 1, worker)
     -- Later, then: whoever reaps next asks again.
     if #pending > 0 then return end

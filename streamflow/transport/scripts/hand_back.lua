@@ -10,13 +10,13 @@ local function hand_back(pending)
   for _, item in ipairs(pending.err and {} or pending) do
     if item[2] == worker then
       -- At once, or a while later each time that it failed: what fails for a moment must not fail every attempt.
-      local idle_ms, deliveries = LONG_AGO_MS, item[4] - 1
+      local idle_ms, deliveries, whose = LONG_AGO_MS, item[4] - 1, UNTRIED
       if counts == '1' then
         idle_ms = math.max(0, lease_ms - math.floor(1000 * C.retry_s * 2 ^ deliveries))
-        deliveries = deliveries + 1
+        deliveries, whose = deliveries + 1, NOBODY
       end
       -- A consumer of nobody's, so that this worker does not take it for a delivery whose reply was lost.
-      redis.call('XCLAIM', stream, GROUP, NOBODY, 0, item[1], 'IDLE', idle_ms, 'RETRYCOUNT', deliveries, 'JUSTID')
+      redis.call('XCLAIM', stream, GROUP, whose, 0, item[1], 'IDLE', idle_ms, 'RETRYCOUNT', deliveries, 'JUSTID')
       handed_back = handed_back + 1
     end
   end

@@ -33,6 +33,8 @@ due(ENDED, function(id)
     if redis.call('ZSCORE', RESULTS, id .. ':' .. index) then free_result(id .. ':' .. index) end
   end
   redis.call('ZREM', jobs_key(tenant or ''), id)
+  -- Without a job there is nothing reserved: what replicas that did not count so yet left in the sum goes.
+  if redis.call('ZCARD', jobs_key(tenant or '')) == 0 then redis.call('HDEL', META, reserved_by(tenant or '')) end
   redis.call('DEL', job_key(id))
   redis.call('ZREM', ENDED, id)
 end)

@@ -19,18 +19,18 @@ local function pending(...)
 end
 
 -- What is ours without our knowing, because a reply was lost and nothing of it was begun, and what nobody beat for a
--- lease; with how often it failed.
+-- lease; with how often it failed, and whether it did since it was last taken.
 local candidates, suspects, alone = {}, false, false
 for _, item in ipairs(pending('-', '+', num_in_hand + count, worker)) do
   local id, deliveries = item[1], item[4]
   if in_hand[id] then
     suspects, alone = suspects or deliveries > 1, alone or deliveries >= max_deliveries
   else
-    candidates[#candidates + 1] = {id, deliveries - 1}
+    candidates[#candidates + 1] = {id, deliveries - 1, false}
   end
 end
 for _, item in ipairs(pending('IDLE', lease_ms, '-', '+', num_in_hand + count)) do
-  if item[2] ~= worker then candidates[#candidates + 1] = {item[1], item[4]} end
+  if item[2] ~= worker then candidates[#candidates + 1] = {item[1], item[4], item[2] ~= UNTRIED} end
 end
 
 -- Whoever else writes to the stream must not stop the stage.
@@ -95,7 +95,7 @@ for _, candidate in ipairs(candidates) do
   elseif raw and #taken < count and not alone and (suspect or not suspects) then
     redis.call('XCLAIM', stream, GROUP, worker, 0, id, 'RETRYCOUNT', failures + 1, 'JUSTID')
     taken[#taken + 1] = {id, failures + 1, raw}
-    tally('redelivered:' .. stage)
+    if candidate[3] then tally('redelivered:' .. stage) end
     suspects, alone = suspects or suspect, last
     if last then redis.call('HDEL', META, cleared) end
   end
