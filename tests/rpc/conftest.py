@@ -64,6 +64,7 @@ def serve(servicer: Answering) -> Serve:
         keys: Any = None,
         credentials: Any = None,
         on_drain: Any = None,
+        on_call: Any = None,
         root_ca: bytes | None = None,
         health_port: int = 0,
         **settings: Any,
@@ -77,6 +78,7 @@ def serve(servicer: Answering) -> Serve:
             keys=keys,
             credentials=credentials,
             on_drain=on_drain,
+            on_call=on_call,
             health_port=health_port,
         )
         async with server, open_aio_channel(Target(server.address, root_ca=root_ca)) as channel:
