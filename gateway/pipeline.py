@@ -228,7 +228,7 @@ class Pipeline:
         """Stores the request's images for a minute, enough to be admitted: those of a refused request soon go."""
         if not (request.init_image or request.control.image):
             return []
-        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height)
+        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height, tenant=spec.tenant)
         for field, data in prepared.items():
             setattr(spec, field, await self._transport.put_blob(data, keep_s=_BLOB_MARGIN_S))
         return [*prepared.values()]
