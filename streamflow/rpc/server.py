@@ -25,7 +25,7 @@ from grpc_reflection.v1alpha import reflection
 
 from streamflow.config import Settings
 from streamflow.errors import UnavailableError
-from streamflow.ports import free_port, join, local_addresses
+from streamflow.ports import free_port, is_loopback, join, local_addresses
 from streamflow.rpc.auth import ApiKeys, Keys
 from streamflow.rpc.health import Health
 from streamflow.rpc.interceptors import (
@@ -94,7 +94,7 @@ class RpcServer:
         self._health = Health()
         self._stop = asyncio.Event()
         self._draining = False
-        keys = ApiKeys() if keys is None else keys
+        self._keys = keys = ApiKeys() if keys is None else keys
         for_tenants = {f"/{service.name}/{method}" for service in services for method in service.for_tenants}
         # The first one is the outermost.
         interceptors: list[Any] = [] if on_call is None else [CallTimer(on_call, _methods(self._names))]
@@ -133,7 +133,10 @@ class RpcServer:
         await self.set_ready(False)
         await self._server.start()
         await self._health_server.start()
-        _log.info("serving", address=self.address, services=self._names, tls=self._credentials is not None)
+        keys, tls = "on" if self._keys.on else "off", self._credentials is not None
+        _log.info("serving", address=self.address, services=self._names, tls=tls, keys=keys)
+        if self._names and not self._keys.on and not is_loopback(self._settings.host):
+            _log.warning("no keys are asked for: whoever can reach this address may call", address=self.address)
         return self
 
     async def __aexit__(
