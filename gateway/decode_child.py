@@ -25,6 +25,7 @@ from streamflow.v1 import types_pb2
 LIFE_CPU_S = 600
 
 _PR_SET_NO_NEW_PRIVS = 38
+_CAPABILITIES_3 = 0x20080522
 
 
 def rehearse() -> None:
@@ -44,7 +45,10 @@ def rehearse() -> None:
 
 def limit(extra_bytes: int, life_cpu_s: int) -> None:
     """Of this process: so much memory on top of what it has now, and nothing new: no file, socket, process or right."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # As root it could take its limits back.
+    libc.capset((ctypes.c_uint32 * 2)(_CAPABILITIES_3, 0), (ctypes.c_uint32 * 6)())
     with open("/proc/self/statm", encoding="ascii") as statm:
         now_bytes = int(statm.read().split()[0]) * resource.getpagesize()
     for what, most in (
@@ -52,7 +56,7 @@ def limit(extra_bytes: int, life_cpu_s: int) -> None:
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, life_cpu_s),
-        # Without effect on root, whose containers are limited in another way.
+        # Without effect on root.
         (resource.RLIMIT_NPROC, 0),
         # What is open stays so.
         (resource.RLIMIT_NOFILE, 0),

@@ -257,9 +257,9 @@ async def _read(context: Context, *, timeout_s: float) -> bytes:
     if not reading.done():
         raise DeadlineError(f"the request did not arrive within {timeout_s:g} s")
     data = reading.result()
-    if data is grpc.aio.EOF:
+    if not isinstance(data, bytes):  # the end of a stream without a message
         raise InvalidRequestError("request", "nothing", "one message")
-    return bytes(data)
+    return data
 
 
 def _parse(handler: Handler, data: bytes) -> Any:

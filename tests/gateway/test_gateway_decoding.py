@@ -240,6 +240,11 @@ def decoders() -> list[psutil.Process]:
     return [one for one in psutil.Process().children() if "gateway.decode_child" in one.cmdline()]
 
 
+def rights_of(process: psutil.Process) -> dict[str, str]:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
 async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
     monkeypatch.setenv("STREAMFLOW_REDIS_URL", "redis://:secret@host:1/0")
     async with ImageDecoder(max_pixels=MAX_PIXELS, children=2) as decode:
@@ -254,6 +259,9 @@ async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
             assert one.rlimit(psutil.RLIMIT_AS)[0] < 2**31
             for what in (psutil.RLIMIT_FSIZE, psutil.RLIMIT_NOFILE, psutil.RLIMIT_NPROC):
                 assert one.rlimit(what) == (0, 0)
+            rights = rights_of(one)
+            assert rights["NoNewPrivs"] == "1"
+            assert {int(rights[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff")} == {0}
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
