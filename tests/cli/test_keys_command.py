@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from streamflow.cli.app import app
+from streamflow.cli.key_lines import alone, read, remove, write
 from streamflow.rpc.auth import ApiKeys, Caller
 from streamflow.rpc.channels import key_metadata
 from streamflow.types import Quota
@@ -136,16 +137,16 @@ def test_what_servers_would_refuse_is_not_written(file: Path) -> None:
     assert file.read_text() == line + line
 
 
-def test_commands_at_once_lose_nothing(file: Path) -> None:
+def test_a_command_waits_for_another_one_and_brings_nothing_back(file: Path) -> None:
     created("first")
     created("second")
     first = json.loads(run("list", "--json").stdout)[0]
-    commands = [["create", f"tenant-{number}"] for number in range(6)]
-    commands.insert(3, ["revoke", first["id"]])
-    running = [
-        subprocess.Popen([sys.executable, "-m", "streamflow.cli", "keys", *command], stdout=subprocess.DEVNULL)
-        for command in commands
-    ]
-    assert [one.wait(60) for one in running] == [0] * 7
-    left = {one["tenant"] for one in json.loads(run("list", "--json").stdout)}
-    assert left == {"second", *(f"tenant-{number}" for number in range(6))}
+    with alone(file):
+        lines = read(file)
+        command = [sys.executable, "-m", "streamflow.cli", "keys", "create", "third"]
+        other = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(3)
+        write(file, remove(lines, [first["id"]]))
+    assert other.wait(60) == 0
+    assert [one["tenant"] for one in json.loads(run("list", "--json").stdout)] == ["second", "third"]
