@@ -13,12 +13,23 @@ users="gateway encoder denoiser decoder administrator"
 mkdir -p "$folder"
 chmod 700 "$folder"
 
+refuse() {
+    echo "$1" >&2
+    exit 1
+}
+
 password() {
-    if [ -s "$1" ]; then
+    if [ -e "$1" ]; then
+        text=$(cat "$1")
+        [ ${#text} -ge 16 ] || refuse "$1 has ${#text} characters; allowed: 16 or more; delete it, and it is made"
         echo "$1 is there already"
     else
-        od -An -N24 -tx1 /dev/urandom | tr -d ' \n' > "$1"
-        chmod 444 "$1"
+        text=$(od -An -N24 -tx1 /dev/urandom | tr -d ' \n')
+        [ ${#text} -eq 48 ] || refuse "$1: no random bytes"
+        # Never there in part.
+        printf %s "$text" > "$1.new"
+        chmod 444 "$1.new"
+        mv "$1.new" "$1"
         echo "$1 made"
     fi
 }
@@ -31,10 +42,13 @@ hashes=
 for user in $users; do
     password "$folder/redis_$user"
     # Without the line break that an editor puts at the end.
-    hashes="$hashes s/<$user>/$(printf %s "$(cat "$folder/redis_$user")" | sha256)/;"
+    hash=$(printf %s "$text" | sha256)
+    [ ${#hash} -eq 64 ] || refuse "no hash of $folder/redis_$user"
+    hashes="$hashes s/<$user>/$hash/;"
 done
 password "$folder/grafana_password"
+lines=$(sed "$hashes" "$here/redis/users.acl.template")
 # Written into, rather than replaced: a container that has it mounted sees the new text.
-sed "$hashes" "$here/redis/users.acl.template" > "$folder/redis_users"
+printf '%s\n' "$lines" > "$folder/redis_users"
 chmod 644 "$folder/redis_users"
 echo "$folder/redis_users written"

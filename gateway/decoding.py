@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from gateway import frames
 from gateway.images import prepare_all
 from streamflow.config import environment_without_settings
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import BusyError, InvalidRequestError, UnavailableError
 from streamflow.processes import dying_with_parent
 from streamflow.rpc.errors import from_status
 from streamflow.telemetry import get_logger
@@ -24,6 +25,12 @@ from streamflow.v1 import types_pb2
 
 # Decoding takes tens of megabytes at a time.
 DECODERS_AT_ONCE = 2
+
+# Of pictures as they came, while they are decoded or wait for it.
+WAITING_BYTES = 128 * 2**20
+
+# What a process may answer with, whatever became of it.
+_FIELDS = frozenset({"init_image_blob", "mask_blob", "control_blob"})
 
 _START_S = 60.0
 _TIMEOUT_S = 15.0
@@ -38,9 +45,9 @@ class Decode(Protocol):
     """Decodes the images of a request; answers by the fields of a JobSpec that refer to them."""
 
     def __call__(
-        self, request: types_pb2.GenerateRequest, *, width: int, height: int
+        self, request: types_pb2.GenerateRequest, *, width: int, height: int, tenant: str = ""
     ) -> Awaitable[Mapping[str, bytes]]:
-        """Raises InvalidRequestError: see `streamflow.pictures.load_source`."""
+        """Raises InvalidRequestError: see `streamflow.pictures.load_source`; BusyError: too much waits already."""
         ...
 
 
@@ -50,7 +57,9 @@ class InThread:
     def __init__(self, *, max_pixels: int) -> None:
         self._max_pixels, self._at_once = max_pixels, asyncio.Semaphore(DECODERS_AT_ONCE)
 
-    async def __call__(self, request: types_pb2.GenerateRequest, *, width: int, height: int) -> Mapping[str, bytes]:
+    async def __call__(
+        self, request: types_pb2.GenerateRequest, *, width: int, height: int, tenant: str = ""
+    ) -> Mapping[str, bytes]:
         async with self._at_once:
             return await asyncio.to_thread(
                 prepare_all, request, width=width, height=height, max_pixels=self._max_pixels
@@ -67,6 +76,7 @@ class ImageDecoder:
         max_pixels: of a picture.
         children: processes.
         timeout_s, cpu_s: what the pictures of one request may take.
+        waiting_bytes: of pictures that are decoded or wait for it; a tenant that has a key gets half.
         command: what runs a child.
     """
 
@@ -77,6 +87,7 @@ class ImageDecoder:
         children: int = DECODERS_AT_ONCE,
         timeout_s: float = _TIMEOUT_S,
         cpu_s: int = _CPU_S,
+        waiting_bytes: int = WAITING_BYTES,
         command: Sequence[str] = (sys.executable, "-m", "gateway.decode_child"),
     ) -> None:
         self._max_pixels, self._timeout_s = max_pixels, timeout_s
@@ -84,6 +95,7 @@ class ImageDecoder:
         self._command = [*command, str(memory), str(cpu_s)]
         self._children = [_Child(self._command) for _ in range(children)]
         self._idle: asyncio.LifoQueue[_Child] = asyncio.LifoQueue()
+        self._waiting = _Waiting(waiting_bytes)
 
     async def __aenter__(self) -> Self:
         for child in self._children:
@@ -99,7 +111,9 @@ class ImageDecoder:
         """Starts what is idle, so that no request waits for it."""
         await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
 
-    async def __call__(self, request: types_pb2.GenerateRequest, *, width: int, height: int) -> Mapping[str, bytes]:
+    async def __call__(
+        self, request: types_pb2.GenerateRequest, *, width: int, height: int, tenant: str = ""
+    ) -> Mapping[str, bytes]:
         """See Decode.
 
         Raises:
@@ -107,9 +121,18 @@ class ImageDecoder:
         """
         images = {"init": request.init_image, "mask": request.mask_image, "control": request.control.image}
         size = {"width": width, "height": height, "max_pixels": self._max_pixels}
+        with self._waiting.place(tenant, sum(map(len, images.values()))):
+            about, found = await self._ask_one(size, images)
+        if "refused" in about:
+            raise from_status("INVALID_ARGUMENT", str(about["refused"]), dict(about.get("parts") or {}))
+        return found
+
+    async def _ask_one(
+        self, size: Mapping[str, int], images: Mapping[str, bytes]
+    ) -> tuple[dict[str, Any], dict[str, bytes]]:
         child = await self._idle.get()
         try:
-            about, found = await self._ask(child, frames.pack(size, images))
+            return await self._ask(child, frames.pack(size, images))
         except (TimeoutError, EOFError, OSError, ValueError) as error:
             if isinstance(error, UnavailableError):
                 raise
@@ -117,22 +140,48 @@ class ImageDecoder:
             raise _too_much(images) from error
         finally:
             self._idle.put_nowait(child)
-        if "refused" in about:
-            raise from_status("INVALID_ARGUMENT", str(about["refused"]), dict(about.get("parts") or {}))
-        return found
 
     async def _ask(self, child: _Child, frame: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
-        answered = False
+        go_on = False
         try:
             await child.start()
             async with asyncio.timeout(self._timeout_s):
-                about, found = frames.unpack(await child.ask(frame))
-            answered = True
+                answer, after = await child.ask(frame)
+            about, found = frames.unpack(answer)
+            if not found.keys() <= _FIELDS:
+                raise ValueError("not an answer")
+            # It says when the CPU time of its life is nearly used up, before that costs a request.
+            go_on = bool(frames.unpack(after)[0].get("go_on"))
             return about, found
         finally:
             # Whoever was broken off in the middle would answer the next request with what this one asked for.
-            if not answered:
+            if not go_on:
                 child.kill()
+
+
+class _Waiting:
+    """Counts what is held for decoding."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, tenant: str, size: int) -> Iterator[None]:
+        """Whoever has nothing here, and finds nothing, may bring more than that.
+
+        Raises:
+            BusyError: too much of this tenant, or of all, is here.
+        """
+        mine, total = self._held[tenant], self._held.total()
+        most = self._most // 2 if tenant else self._most
+        if (mine and mine + size > most) or (total and total + size > self._most):
+            raise BusyError("too many pictures wait to be decoded; try again in a moment", reason="pictures")
+        self._held[tenant] += size
+        try:
+            yield
+        finally:
+            self._held[tenant] -= size
 
 
 class _Child:
@@ -161,13 +210,14 @@ class _Child:
                 self.kill()
                 raise UnavailableError("pictures cannot be decoded here now; try again in a moment") from error
 
-    async def ask(self, frame: bytes) -> bytes:
+    async def ask(self, frame: bytes) -> tuple[bytes, bytes]:
+        """Its answer, and whether it can take another."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         process.stdin.write(frame)
         await process.stdin.drain()
-        return await self._read(process)
+        return await self._read(process), await self._read(process)
 
     def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:

@@ -27,8 +27,9 @@ from streamflow.v1 import gateway_pb2, types_pb2
 
 # The job is read at least so often, whatever is published: notifications are lossy.
 _READ_AGAIN_S = 1.0
-# Why load is refused: what admit.lua says in words for clients, a store without memory, and anything else.
-_REFUSED_FOR = ("jobs", "tenant_jobs", "rate", "bytes", "tenant_bytes", "work", "full", "other")
+# Why load is refused: what admit.lua says in words for clients, a store without memory, pictures that wait to be
+# decoded, and anything else.
+_REFUSED_FOR = ("jobs", "tenant_jobs", "rate", "bytes", "tenant_bytes", "work", "full", "pictures", "other")
 _MOST_LETTERS = 1000
 
 _log = get_logger(__name__)
@@ -238,7 +239,7 @@ class Pipeline:
 
     async def _with_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec, new: NewJob) -> NewJob:
         """The job with the request's images, which are stored when it is admitted: those of a refused one never are."""
-        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height)
+        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height, tenant=spec.tenant)
         blobs = {blob_name(data): data for data in prepared.values()}
         for field, data in prepared.items():
             setattr(spec, field, blob_name(data))

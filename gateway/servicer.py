@@ -186,6 +186,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             detach=detach or request.detach,
             traceparent=call.traceparent,
         )
+        _drop_images(request)
         call.about({"streamflow.job": key.job_id, "streamflow.attached": attached})
         # Headers tell the client that the request is admitted: from here on it watches instead of sending again.
         await context.send_initial_metadata(((REQUEST_ID_KEY, key.request_id),))
@@ -204,6 +205,13 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     def _caller(self, context: Context) -> Caller:
         return self._keys.caller(context.invocation_metadata())
+
+
+def _drop_images(request: types_pb2.GenerateRequest) -> None:
+    """They are in the store, and the call may be open for as long as its job runs."""
+    request.ClearField("init_image")
+    request.ClearField("mask_image")
+    request.control.ClearField("image")
 
 
 async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached: bool) -> None:

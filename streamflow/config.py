@@ -85,6 +85,12 @@ class Settings(NameSettings):
     )
     reflection: bool = Field(False, description="Answer gRPC server reflection")
     max_message_bytes: int = Field(32 * 2**20, ge=2**20, description="Largest gRPC message to accept")
+    max_calls: int = Field(
+        4096,
+        ge=1,
+        description="gRPC calls at once, of which a tenant that has a key gets half; more are refused with a retry "
+        "delay. A client that waits for its pictures holds one",
+    )
     drain_grace_s: float = Field(20.0, ge=0, description="How long SIGTERM waits for unfinished work")
     lease_s: float = Field(10.0, ge=0.5, description="A worker that is not heard of for so long loses its work")
     result_keep_s: float = Field(900.0, ge=60, description="How long images that nobody fetched are kept")

@@ -11,6 +11,7 @@ import random
 import socket
 from collections import deque
 from contextlib import ExitStack
+from ipaddress import ip_address
 from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -42,6 +43,15 @@ def local_addresses(host: str) -> list[str]:
     if not ours:
         raise failure
     return ours
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach it.
+
+    Raises:
+        OSError: see `local_addresses`.
+    """
+    return all(ip_address(address.partition("%")[0]).is_loopback for address in local_addresses(host))
 
 
 def free_port(host: str = LOOPBACK) -> int:

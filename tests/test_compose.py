@@ -279,6 +279,31 @@ def test_a_password_is_exchanged_alone(tmp_path: Path) -> None:
     assert (tmp_path / "redis_users").stat().st_ino == mounted
 
 
+@pytest.mark.parametrize("text", ["", "\n", "short\n"])
+def test_a_password_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+    before = make_secrets(tmp_path)
+    (tmp_path / "redis_administrator").chmod(0o600)
+    (tmp_path / "redis_administrator").write_text(text)
+    (tmp_path / "redis_decoder").unlink()
+    result = subprocess.run(["sh", ROOT / "deploy" / "secrets.sh", tmp_path], capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "redis_administrator has" in result.stderr
+    assert (tmp_path / "redis_users").read_text() == before["redis_users"]
+
+
+def test_where_there_is_no_chance_there_is_no_password(tmp_path: Path) -> None:
+    tools, folder = tmp_path / "tools", tmp_path / "secrets"
+    tools.mkdir()
+    (tools / "od").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "od").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = ["sh", ROOT / "deploy" / "secrets.sh", folder]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "no random bytes" in result.stderr
+    assert list(folder.iterdir()) == []
+
+
 def test_users_of_redis_have_the_rights_of_this_version(tmp_path: Path) -> None:
     code = runpy.run_path(str(ROOT / "deploy" / "redis" / "users.py"))
     template = (ROOT / "deploy" / "redis" / "users.acl.template").read_text("utf-8")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from streamflow.transport.acl import DEFAULT_OFF, RIGHTS, administrator_line, us
 ADMINISTRATOR = "administrator"
 USERS_FILE = "users.acl"
 _PASSWORD_BYTES = 32
+_LEAST_CHARACTERS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ def write(folder: Path, users: Sequence[User]) -> Path:
     """Writes users.acl and the passwords that are not there yet; the path of the former.
 
     Raises:
-        InvalidRequestError: the folder cannot be written to.
+        InvalidRequestError: the folder cannot be written to, or a password that is there is too short.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -72,8 +74,17 @@ def write(folder: Path, users: Sequence[User]) -> Path:
 
 def _password(path: Path) -> str:
     if path.exists():
-        return path.read_text("utf-8").strip()
+        return _checked(path, path.read_text("utf-8").strip())
     password = secrets.token_urlsafe(_PASSWORD_BYTES)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    # Never there in part: whoever reads it meanwhile would be refused by Redis.
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
         file.write(password)
+    os.replace(file.name, path)
+    return password
+
+
+def _checked(path: Path, password: str) -> str:
+    if len(password) < _LEAST_CHARACTERS:
+        hint = f"it has {len(password)}; delete the file, and a password is made"
+        raise InvalidRequestError("password", path, f"a file with {_LEAST_CHARACTERS} characters or more", hint)
     return password

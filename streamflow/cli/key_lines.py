@@ -6,13 +6,13 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamflow.errors import InvalidRequestError, NotFoundError
-from streamflow.rpc.auth import Caller, KeyLine, check_tenant, hash_key, read_line
+from streamflow.rpc.auth import MOST, ApiKeys, Caller, KeyLine, check_tenant, hash_key, read_line
 from streamflow.types import Quota
 
 # By which people, and programs that look for leaked secrets, know a key when they see one.
@@ -57,7 +57,7 @@ def add(
     """A new key, and the lines with its hash; what is given holds for the tenant's other keys too.
 
     Raises:
-        InvalidRequestError: nobody can be called so.
+        InvalidRequestError: nobody can be called so, or have so much.
     """
     try:
         check_tenant(tenant)
@@ -69,6 +69,7 @@ def add(
         before.quota.jobs if jobs is None else jobs,
         before.quota.images_per_minute if images_per_minute is None else images_per_minute,
     )
+    _check(quota)
     caller = Caller(tenant, operator or before.operator, quota)
     key = PREFIX + secrets.token_urlsafe(_KEY_BYTES)
     kept = [_as(line, caller) for line in lines]
@@ -92,13 +93,37 @@ def remove(lines: Sequence[Line], ids: Sequence[str]) -> list[Line]:
     return [line for line in lines if line.key is None or line.key.id not in ids]
 
 
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Others that want to change the file wait, each with `alone`: what one of them revoked would come back otherwise.
+
+    Raises:
+        InvalidRequestError: nothing can be written beside the file.
+    """
+    import fcntl  # not on every system that runs the other commands
+
+    try:
+        lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def write(path: Path, lines: Sequence[Line]) -> None:
     """Puts the new file in the place of the old one at once, so that nobody reads half of it.
 
     Raises:
-        InvalidRequestError: it cannot be written.
+        InvalidRequestError: it cannot be written, or servers would refuse it.
     """
     text = "".join(f"{line.text}\n" for line in lines)
+    try:
+        ApiKeys.parse(text)
+    except ValueError as error:
+        raise InvalidRequestError("file", path, "a file of API keys", str(error)) from error
     try:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             file.write(text)
@@ -109,7 +134,19 @@ def write(path: Path, lines: Sequence[Line]) -> None:
             os.unlink(file.name)
             raise
     except OSError as error:
-        raise InvalidRequestError("file", path, "a file that can be written", error.strerror or "") from error
+        raise _unwritable(path, error) from error
+
+
+def _check(quota: Quota) -> None:
+    jobs, per_minute = quota.jobs or 0, quota.images_per_minute or 0.0
+    if not 0 <= jobs <= MOST:
+        raise InvalidRequestError("--jobs", jobs, f"0 to {MOST}")
+    if not 0 <= per_minute <= MOST or round(per_minute, 6) != per_minute:
+        raise InvalidRequestError("--images-per-minute", per_minute, f"0 to {MOST}, with at most 6 decimals")
+
+
+def _unwritable(path: Path, error: OSError) -> InvalidRequestError:
+    return InvalidRequestError("file", path, "a file that can be written", error.strerror or "")
 
 
 def _take_over(old: Path, new: Path) -> None:

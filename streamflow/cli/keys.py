@@ -54,13 +54,14 @@ def create(
         streamflow keys create alice --jobs 4 --images-per-minute 30 --file /etc/streamflow/keys.txt
         streamflow keys create ops --operator > ops.key
     """
-    from streamflow.cli.key_lines import add, read, write
+    from streamflow.cli.key_lines import add, alone, read, write
 
     path = _path(file)
-    key, lines = add(
-        read(path, missing_ok=True), tenant, jobs=jobs, images_per_minute=images_per_minute, operator=operator
-    )
-    write(path, lines)
+    with alone(path):
+        key, lines = add(
+            read(path, missing_ok=True), tenant, jobs=jobs, images_per_minute=images_per_minute, operator=operator
+        )
+        write(path, lines)
     typer.echo(f"a key of {tenant}, which is shown this once; its hash is in {path}", err=True)
     typer.echo(key)
 
@@ -98,10 +99,11 @@ def revoke(
     Examples:
         streamflow keys revoke 2c26b46b68ff
     """
-    from streamflow.cli.key_lines import read, remove, write
+    from streamflow.cli.key_lines import alone, read, remove, write
 
     path = _path(file)
-    write(path, remove(read(path), ids))
+    with alone(path):
+        write(path, remove(read(path), ids))
     for id_ in ids:
         typer.echo(f"{id_}: revoked")
 

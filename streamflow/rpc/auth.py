@@ -27,6 +27,8 @@ HASHED = "sha256:"
 _HASH = re.compile(r"sha256:([0-9a-fA-F]{64})")
 _TENANT = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
+MOST = 999_999_999
+"""Of jobs, and of images per minute, which may have 6 decimals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ ANYBODY = Caller("", operator=True)
 
 class Keys(Protocol):
     """`ApiKeys` as they are, or as a file has them at the moment (`KeyFile`)."""
+
+    @property
+    def on(self) -> bool:
+        """Whether keys are asked for."""
+        ...
 
     def caller(self, metadata: Metadata | None) -> Caller:
         """Whose call this is, by its `authorization: Bearer <key>`.
@@ -76,7 +83,7 @@ class KeyLine:
         words = [HASHED + self.digest.hex(), self.caller.tenant]
         words += ["operator"] if self.caller.operator else []
         words += [f"jobs={quota.jobs}"] if quota.jobs is not None else []
-        words += [f"images-per-minute={quota.images_per_minute:g}"] if quota.images_per_minute is not None else []
+        words += [f"images-per-minute={_plain(quota.images_per_minute)}"] if quota.images_per_minute is not None else []
         return " ".join(words)
 
 
@@ -91,8 +98,8 @@ class ApiKeys:
         """Reads lines; empty ones and those that begin with # are skipped.
 
         Raises:
-            ValueError: a line that cannot be used, lines of one tenant that differ in what it may have, or no key at
-                all. The message tells no key.
+            ValueError: a line that cannot be used, a key that stands there twice, lines of one tenant that differ in
+                what it may have, or no key at all. The message tells no key.
         """
         callers: dict[bytes, Caller] = {}
         by_tenant: dict[str, Caller] = {}
@@ -101,6 +108,8 @@ class ApiKeys:
             if line is None:
                 continue
             tenant = line.caller.tenant
+            if line.digest in callers:
+                raise ValueError(f"API keys, line {number}: the key {line.id} stands there twice; take one line out")
             if by_tenant.setdefault(tenant, line.caller) != line.caller:
                 raise ValueError(
                     f"API keys, line {number}: the keys of {tenant} must all say the same of it; "
@@ -111,9 +120,14 @@ class ApiKeys:
             raise ValueError("API keys: the file has none; leave the setting out to ask for no keys")
         return cls(callers)
 
+    @property
+    def on(self) -> bool:
+        """See Keys."""
+        return bool(self.callers)
+
     def caller(self, metadata: Metadata | None) -> Caller:
         """See Keys."""
-        if not self.callers:
+        if not self.on:
             return ANYBODY
         headers = [value for key, value in metadata or () if key == "authorization"]
         scheme, _, key = str(headers[0]).partition(" ") if headers else ("", "", "")
@@ -160,6 +174,11 @@ def read_line(text: str, number: int) -> KeyLine | None:
         return KeyLine(bytes.fromhex(found[1]), _read_caller(words[1:]))
     except ValueError as error:
         raise ValueError(f"API keys, line {number}: {error}; write {FORM}") from None
+
+
+def _plain(number: float) -> str:
+    """All 6 decimals that count, and never an exponent."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")
 
 
 def _read_caller(words: list[str]) -> Caller:

@@ -34,6 +34,7 @@ class CertificateFiles:
     def __init__(self, cert: Path, key: Path) -> None:
         self._cert, self._key = cert, key
         self._lock = Lock()
+        self._told = ""
         try:
             self._seen = self._versions()
             self._first = self._load()
@@ -52,13 +53,21 @@ class CertificateFiles:
                 versions = self._versions()
                 if versions == self._seen:
                     return None
-                self._seen = versions
                 pair = self._load()
+                if versions != self._versions():
+                    return None  # they are being written: again at the next connection
             except (OSError, ValueError) as error:
-                _log.error("certificate cannot be read; the one of before stays in force", reason=_why(error))
+                self._refuse(error)
                 return None
+            self._seen, self._told = versions, ""
         _log.info("certificate read again")
         return grpc.ssl_server_certificate_configuration([pair])
+
+    def _refuse(self, error: OSError | ValueError) -> None:
+        """Told of once, and tried again at every connection: what cannot be read now may be read later."""
+        if _why(error) != self._told:
+            _log.error("certificate cannot be read; the one of before stays in force", reason=_why(error))
+        self._told = _why(error)
 
     def _versions(self) -> list[tuple[int, int, int]]:
         return [(one.st_mtime_ns, one.st_size, one.st_ino) for one in (self._cert.stat(), self._key.stat())]

@@ -1,26 +1,47 @@
-"""What happens to a call before a servicer sees it: its key is checked, its bytes are parsed."""
+"""What happens to a call before a servicer sees it: its key is checked, it is counted, its bytes are parsed."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import time
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
 
 import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from streamflow.errors import InvalidRequestError, PermissionDeniedError, UnauthenticatedError
+from streamflow.errors import (
+    BusyError,
+    DeadlineError,
+    InvalidRequestError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from streamflow.rpc.auth import Keys
-from streamflow.rpc.errors import abort
+from streamflow.rpc.errors import abort, rpc_errors
 
 Handler = Any  # grpc.RpcMethodHandler; its stubs know the synchronous signatures only
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
 Context = grpc.aio.ServicerContext[Any, Any]
 
+Receive = Callable[[Context], Awaitable[Any]]
+
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
+OTHER = "other"
+
+# A health check is a name of a service; it needs no key, so little is enough.
+MAX_HEALTH_CALLS = 256
+MAX_HEALTH_BYTES = 2**16
+_HEALTH_AT_ONCE = 4
+_READ_HEALTH_S = 5.0
+
+# Of one tenant. Each may be as large as a message; most are small, and there at once.
+_READ_AT_ONCE = 16
+_READ_S = 60.0
 
 
 class Authenticator(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -52,8 +73,61 @@ class Authenticator(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             )
 
 
+class CallLimit(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses calls over a number at once as BUSY; a tenant that has a key gets half of it, so that others get in.
+
+    Health has places of its own: a server that is busy must not look dead.
+    """
+
+    def __init__(self, keys: Keys, most: int) -> None:
+        self._keys, self._most = keys, most
+        self._open: Counter[str] = Counter()
+        self._healths = 0
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        is_health = handler_call_details.method.startswith(HEALTH_PREFIX)
+        return _within(handler, self._health_place if is_health else self._place)
+
+    @asynccontextmanager
+    async def _place(self, context: Context) -> AsyncIterator[None]:
+        async with rpc_errors(context):
+            tenant = self._keys.caller(context.invocation_metadata()).tenant
+            most = max(1, self._most // 2) if tenant else self._most
+            if self._open[tenant] >= most or self._open.total() >= self._most:
+                raise BusyError("too many calls are open at once; end some, or try again in a moment")
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+
+    @asynccontextmanager
+    async def _health_place(self, context: Context) -> AsyncIterator[None]:
+        if self._healths >= MAX_HEALTH_CALLS:
+            await abort(context, BusyError("too many health checks are open at once"))
+        self._healths += 1
+        try:
+            yield
+        finally:
+            self._healths -= 1
+
+
 class RequestParser(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Parses the request's bytes itself: left to gRPC, invalid UTF-8 and malformed protobuf end as UNKNOWN."""
+    """Receives and parses requests itself.
+
+    Left to gRPC, any number of them would be in memory at once, for as long as their calls last, and invalid UTF-8 and
+    malformed protobuf would end as UNKNOWN. What may not be received yet stays at its client.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._of_health = asyncio.Semaphore(_HEALTH_AT_ONCE)
+        self._of_tenants: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_READ_AT_ONCE))
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -61,19 +135,40 @@ class RequestParser(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming or handler.request_deserializer is None:
             return handler
+        is_health = handler_call_details.method.startswith(HEALTH_PREFIX)
+
+        async def receive(context: Context) -> Any:
+            async with rpc_errors(context):
+                if is_health:
+                    async with self._of_health:
+                        data = await _read(context, timeout_s=_READ_HEALTH_S)
+                else:
+                    async with self._of_tenants[self._keys.caller(context.invocation_metadata()).tenant]:
+                        data = await _read(context, timeout_s=_READ_S)
+                if is_health and len(data) > MAX_HEALTH_BYTES:
+                    raise InvalidRequestError("request", f"{len(data)} bytes", f"at most {MAX_HEALTH_BYTES} bytes")
+                return _parse(handler, data)
+
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_parsing_stream(handler), None, handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(_parsing_unary(handler), None, handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(
+                _received_stream(handler, receive), None, handler.response_serializer
+            )
+        return grpc.stream_unary_rpc_method_handler(
+            _received_unary(handler, receive), None, handler.response_serializer
+        )
 
 
 class CallTimer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Tells of every call when it is over: its method, the name of its status, and seconds.
 
     A stream lasts as long as its client listens.
+
+    Args:
+        methods: what is told apart, as `/service/method`; whatever else a caller thinks of is `OTHER`.
     """
 
-    def __init__(self, told: Callable[[str, str, float], None]) -> None:
-        self._told = told
+    def __init__(self, told: Callable[[str, str, float], None], methods: Collection[str]) -> None:
+        self._told, self._methods = told, frozenset(methods)
 
     async def intercept_service(
         self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
@@ -82,16 +177,21 @@ class CallTimer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         if handler is None or method.startswith(HEALTH_PREFIX):
             return handler
-        began_s = time.perf_counter()
+        name = method.rpartition("/")[2] if method in self._methods else OTHER
 
-        def over(context: Context) -> None:
-            self._told(method.rpartition("/")[2], _code(context), time.perf_counter() - began_s)
+        @asynccontextmanager
+        async def timed(context: Context) -> AsyncIterator[None]:
+            began_s = time.perf_counter()
+            try:
+                yield
+            finally:
+                self._told(name, _code(context), time.perf_counter() - began_s)
 
-        return _watched(handler, over)
+        return _within(handler, timed)
 
 
-def _watched(handler: Handler, over: Callable[[Context], None]) -> Handler:
-    """The same method, of whichever kind, with `over` called when it has ended."""
+def _within(handler: Handler, around: Callable[[Context], AbstractAsyncContextManager[None]]) -> Handler:
+    """The same method, of whichever kind, with `around` entered while it runs."""
     kinds = {
         (False, False): (handler.unary_unary, grpc.unary_unary_rpc_method_handler),
         (False, True): (handler.unary_stream, grpc.unary_stream_rpc_method_handler),
@@ -101,18 +201,13 @@ def _watched(handler: Handler, over: Callable[[Context], None]) -> Handler:
     behaviour, make = kinds[handler.request_streaming, handler.response_streaming]
 
     async def call(request: Any, context: Context) -> Any:
-        try:
+        async with around(context):
             return await behaviour(request, context)
-        finally:
-            over(context)
 
     async def iterate(request: Any, context: Context) -> AsyncIterator[Any]:
-        try:
-            async with aclosing(behaviour(request, context)) as responses:
-                async for response in responses:
-                    yield response
-        finally:
-            over(context)
+        async with around(context), aclosing(behaviour(request, context)) as responses:
+            async for response in responses:
+                yield response
 
     chosen = iterate if inspect.isasyncgenfunction(behaviour) else call
     return make(chosen, handler.request_deserializer, handler.response_serializer)
@@ -134,29 +229,42 @@ def _refusal(error: UnauthenticatedError) -> Handler:
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _parsing_unary(handler: Handler) -> Any:
-    async def parse_and_call(data: bytes, context: Context) -> Any:
-        return await handler.unary_unary(await _parse(handler, data, context), context)
+def _received_unary(handler: Handler, receive: Receive) -> Any:
+    async def receive_and_call(_: object, context: Context) -> Any:
+        return await handler.unary_unary(await receive(context), context)
 
-    return parse_and_call
+    return receive_and_call
 
 
-def _parsing_stream(handler: Handler) -> Any:
-    async def parse_and_iterate(data: bytes, context: Context) -> AsyncIterator[Any]:
-        request = await _parse(handler, data, context)
-        async with aclosing(handler.unary_stream(request, context)) as responses:
+def _received_stream(handler: Handler, receive: Receive) -> Any:
+    async def receive_and_iterate(_: object, context: Context) -> AsyncIterator[Any]:
+        async with aclosing(handler.unary_stream(await receive(context), context)) as responses:
             async for response in responses:
                 yield response
 
-    async def parse_and_write(data: bytes, context: Context) -> None:
-        await handler.unary_stream(await _parse(handler, data, context), context)
+    async def receive_and_write(_: object, context: Context) -> None:
+        await handler.unary_stream(await receive(context), context)
 
-    return parse_and_iterate if inspect.isasyncgenfunction(handler.unary_stream) else parse_and_write
+    return receive_and_iterate if inspect.isasyncgenfunction(handler.unary_stream) else receive_and_write
 
 
-async def _parse(handler: Handler, data: bytes, context: Context) -> Any:
+async def _read(context: Context, *, timeout_s: float) -> bytes:
+    """The request of a call, however it was declared."""
+    reading = asyncio.ensure_future(context.read())
+    # Not cancelled, since gRPC still writes to it: it ends with the call. Whatever it ends with is no news then.
+    reading.add_done_callback(lambda done: done.cancelled() or done.exception())
+    await asyncio.wait([reading], timeout=timeout_s)
+    if not reading.done():
+        raise DeadlineError(f"the request did not arrive within {timeout_s:g} s")
+    data = reading.result()
+    if not isinstance(data, bytes):  # the end of a stream without a message
+        raise InvalidRequestError("request", "nothing", "one message")
+    return data
+
+
+def _parse(handler: Handler, data: bytes) -> Any:
     try:
         return handler.request_deserializer(data)
-    except (DecodeError, UnicodeDecodeError, RecursionError, ValueError):
+    except (DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         allowed = "a well-formed protobuf message whose strings are UTF-8"
-        await abort(context, InvalidRequestError("request", f"{len(data)} bytes", allowed))
+        raise InvalidRequestError("request", f"{len(data)} bytes", allowed) from error

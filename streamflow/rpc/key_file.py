@@ -44,6 +44,11 @@ class KeyFile:
     def __repr__(self) -> str:
         return f"<KeyFile of {len(self._keys.callers)} keys>"
 
+    @property
+    def on(self) -> bool:
+        """See auth.Keys."""
+        return self._keys.on
+
     def caller(self, metadata: Metadata | None) -> Caller:
         """See auth.Keys."""
         return self._keys.caller(metadata)
@@ -68,29 +73,36 @@ class KeyFile:
             await asyncio.wait([self._task])
 
     async def _follow(self, path: Path) -> None:
+        told = ""
         while True:
             await asyncio.sleep(self._look_every_s)
             try:
                 # In a thread: the file may be on a network.
                 await asyncio.to_thread(self._look, path)
             except (OSError, ValueError) as error:
-                _log.error("api keys cannot be read; those of before stay in force", reason=_reason(error))
+                # What may be over in a moment is tried again, and told of once.
+                if _reason(error) != told:
+                    _log.error("api keys cannot be read; those of before stay in force", reason=_reason(error))
+                told = _reason(error) if isinstance(error, OSError) else ""
             except Exception as error:
                 _log.error("api keys cannot be read; those of before stay in force", error=error)
+            else:
+                told = ""
 
     def _look(self, path: Path) -> None:
         version = _version(path)
         if version == self._seen:
             return
-        # Before it is read, so that one that cannot be used is told of once.
-        self._seen = version
-        text = path.read_text("utf-8") if version else ""
-        if _version(path) != version:
-            self._seen = ()  # it is being written: again in a moment
-            return
         if version is None:
+            self._seen = None
             raise ValueError("the file is gone")
-        self._keys = ApiKeys.parse(text)
+        data = path.read_bytes()
+        if _version(path) != version:
+            return  # it is being written: again in a moment
+        # Before it is parsed, so that one that cannot be used is told of once; after it was read, so that one that
+        # could not be read for a moment is read again.
+        self._seen = version
+        self._keys = ApiKeys.parse(data.decode("utf-8"))
         tenants = {caller.tenant for caller in self._keys.callers.values()}
         _log.info("api keys read again", keys=len(self._keys.callers), tenants=len(tenants))
 

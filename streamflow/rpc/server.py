@@ -19,24 +19,29 @@ from typing import Any, Self
 
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pool
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from streamflow.config import Settings
 from streamflow.errors import UnavailableError
-from streamflow.ports import free_port, join, local_addresses
-from streamflow.rpc.auth import Keys
+from streamflow.ports import free_port, is_loopback, join, local_addresses
+from streamflow.rpc.auth import ApiKeys, Keys
 from streamflow.rpc.health import Health
-from streamflow.rpc.interceptors import Authenticator, CallTimer, RequestParser
+from streamflow.rpc.interceptors import (
+    MAX_HEALTH_BYTES,
+    MAX_HEALTH_CALLS,
+    Authenticator,
+    CallLimit,
+    CallTimer,
+    RequestParser,
+)
 from streamflow.telemetry import get_logger
 
 LIVENESS = ("", "liveness")
 
 # After the grace period calls are cut; those that end themselves just before it must not be.
 _CUT_AFTER_S = 2.0
-
-# A health check is a name of a service.
-_HEALTH_BYTES = 2**16
 
 _log = get_logger(__name__)
 
@@ -89,20 +94,24 @@ class RpcServer:
         self._health = Health()
         self._stop = asyncio.Event()
         self._draining = False
-        interceptors: list[Any] = [RequestParser()]
-        if keys is not None:
-            for_tenants = {f"/{service.name}/{method}" for service in services for method in service.for_tenants}
-            interceptors.insert(0, Authenticator(keys, for_tenants))
-        if on_call is not None:
-            # The first one is the outermost.
-            interceptors.insert(0, CallTimer(on_call))
-        self._server = grpc.aio.server(interceptors=interceptors, options=_options(settings.max_message_bytes))
+        self._keys = keys = ApiKeys() if keys is None else keys
+        for_tenants = {f"/{service.name}/{method}" for service in services for method in service.for_tenants}
+        # The first one is the outermost.
+        interceptors: list[Any] = [] if on_call is None else [CallTimer(on_call, _methods(self._names))]
+        interceptors += [Authenticator(keys, for_tenants), CallLimit(keys, settings.max_calls), RequestParser(keys)]
+        self._server = grpc.aio.server(
+            interceptors=interceptors, options=_options(settings.max_message_bytes, max_calls=settings.max_calls)
+        )
         for service in services:
             service.add(service.servicer, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._health_port = health_port
         # A server of its own, since every port of a server answers all of its services.
-        self._health_server = grpc.aio.server(interceptors=[RequestParser()], options=_options(_HEALTH_BYTES))
+        nobodys = ApiKeys()
+        self._health_server = grpc.aio.server(
+            interceptors=[CallLimit(nobodys, 1), RequestParser(nobodys)],
+            options=_options(MAX_HEALTH_BYTES, max_calls=0),
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._health_server)
         if settings.reflection:
             reflection.enable_server_reflection(
@@ -124,7 +133,10 @@ class RpcServer:
         await self.set_ready(False)
         await self._server.start()
         await self._health_server.start()
-        _log.info("serving", address=self.address, services=self._names, tls=self._credentials is not None)
+        keys, tls = "on" if self._keys.on else "off", self._credentials is not None
+        _log.info("serving", address=self.address, services=self._names, tls=tls, keys=keys)
+        if self._names and not self._keys.on and not is_loopback(self._settings.host):
+            _log.warning("no keys are asked for: whoever can reach this address may call", address=self.address)
         return self
 
     async def __aexit__(
@@ -209,8 +221,16 @@ async def _run(on_drain: OnDrain, grace_s: float) -> None:
     await on_drain(grace_s)
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
+def _methods(services: Sequence[str]) -> set[str]:
+    """As `/service/method`."""
+    found = (descriptor_pool.Default().FindServiceByName(name) for name in services)
+    return {f"/{service.full_name}/{method.name}" for service in found for method in service.methods}
+
+
+def _options(max_message_bytes: int, *, max_calls: int) -> list[tuple[str, Any]]:
     return [
+        # Of one connection; a few more than are taken, so that whoever is too many hears of it rather than waits.
+        ("grpc.max_concurrent_streams", max_calls + MAX_HEALTH_CALLS),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_time_ms", 20_000),

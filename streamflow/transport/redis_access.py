@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
 
 from redis.credentials import CredentialProvider
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from streamflow.config import Settings
 from streamflow.errors import InvalidRequestError
@@ -115,13 +116,17 @@ class RedisAccess:
 
 
 class _FromFile(CredentialProvider):
-    """User and password, asked for by redis-py at every connection."""
+    """User and password, asked for by redis-py at every connection, and again as often as it tries to connect."""
 
     def __init__(self, user: str, path: Path) -> None:
         self._user, self._path = user, path
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        password = _password(self._path)
+        try:
+            password = _password(self._path)
+        except InvalidRequestError as error:
+            # It was there at the start, and is being exchanged: as if Redis were away for a moment.
+            raise RedisConnectionError(str(error)) from error
         return (self._user, password) if self._user else (password,)
 
     async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from streamflow.cli.app import app
+from streamflow.cli.key_lines import alone, read, remove, write
 from streamflow.rpc.auth import ApiKeys, Caller
 from streamflow.rpc.channels import key_metadata
 from streamflow.types import Quota
@@ -100,3 +103,50 @@ def test_a_file_keeps_its_mode(file: Path) -> None:
     file.chmod(0o640)
     created("bob")
     assert file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("number", ["1000000", "100000.5", "0.000001", "999999999", "0", "30"])
+def test_a_quota_is_kept_as_it_was_given(file: Path, number: str) -> None:
+    assert caller(file, created("alice", "--images-per-minute", number)).quota == Quota(None, float(number))
+    assert run("list").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--images-per-minute", "inf"),
+        ("--images-per-minute", "1e-07"),
+        ("--images-per-minute", "1000000000"),
+        ("--jobs", "1000000000"),
+    ],
+)
+def test_a_quota_that_no_line_can_hold_is_refused(file: Path, option: str, value: str) -> None:
+    created("alice")
+    before = file.read_text()
+    result = run("create", "bob", option, value)
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert option in result.stderr
+    assert "999999999" in result.stderr
+    assert file.read_text() == before
+
+
+def test_what_servers_would_refuse_is_not_written(file: Path) -> None:
+    line = f"sha256:{'a' * 64} alice\n"
+    file.write_text(line + line)
+    assert "twice" in run("create", "bob").stderr
+    assert file.read_text() == line + line
+
+
+def test_a_command_waits_for_another_one_and_brings_nothing_back(file: Path) -> None:
+    created("first")
+    created("second")
+    first = json.loads(run("list", "--json").stdout)[0]
+    with alone(file):
+        lines = read(file)
+        command = [sys.executable, "-m", "streamflow.cli", "keys", "create", "third"]
+        other = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(3)
+        write(file, remove(lines, [first["id"]]))
+    assert other.wait(60) == 0
+    assert [one["tenant"] for one in json.loads(run("list", "--json").stdout)] == ["second", "third"]

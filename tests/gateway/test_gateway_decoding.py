@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import sys
 import textwrap
+from collections.abc import Awaitable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 from gateway import frames
 from gateway.decoding import ImageDecoder, InThread
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import BusyError, InvalidRequestError, StreamFlowError, UnavailableError
 from streamflow.stages.imaging import encode_image
 from streamflow.types import ImageFormat
 from streamflow.v1 import types_pb2
@@ -46,14 +50,16 @@ BROKEN = {
     "crashes": "import ctypes; ctypes.string_at(0)",
     "exits": "import os; os._exit(0)",
     "answers nonsense": "return b'\\5\\0\\0\\0hello'",
+    "answers what it was not asked": "return frames.pack({}, {'tenant': b'another'})",
     "answers without end": "return b'\\xff\\xff\\xff\\xff'",
 }
 
 
-def child(folder: Path, what: str) -> tuple[str, ...]:
+def child(folder: Path, what: str, *, life_cpu_s: int = 600, imports: str = "os") -> tuple[str, ...]:
     """Breaks at every request whose init image is b"break"; the others it decodes."""
+    # What a trial needs is loaded before, so that it is not the import that fails.
     code = f"""
-import sys
+import sys, {imports}
 from gateway import decode_child, frames
 usual = decode_child.answer
 
@@ -64,7 +70,7 @@ def answer(body):
     return breaks() if frames.unpack(body)[1]["init"] == b"break" else usual(body)
 
 decode_child.answer = answer
-decode_child.main(int(sys.argv[1]), int(sys.argv[2]))
+decode_child.main(int(sys.argv[1]), int(sys.argv[2]), {life_cpu_s})
 """
     (folder / "child.py").write_text(textwrap.dedent(code))
     return (sys.executable, str(folder / "child.py"))
@@ -115,9 +121,128 @@ async def test_a_request_that_is_broken_off_leaves_no_answer_behind(tmp_path, mo
             assert {*await decode(REQUESTS[0], width=32, height=32)} == {"init_image_blob"}
 
 
+BREAK = types_pb2.GenerateRequest(init_image=b"break")
+CANNOT = {
+    "open a file": "open('/proc/self/environ')",
+    "read what its parent knows": "open(f'/proc/{os.getppid()}/environ')",
+    "make a socket": "socket.socket()",
+    "make a pipe": "os.pipe()",
+    "start a program": "subprocess.run(['true'])",
+    "take back its limits": "resource.setrlimit(7, (64, 64))",
+}
+
+
+@pytest.mark.parametrize("what", CANNOT.values(), ids=CANNOT.keys())
+async def test_a_process_that_decodes_can_open_nothing(tmp_path, monkeypatch, what):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    trial = f"""
+    try:
+        {what}
+    except (OSError, ValueError) as error:
+        return frames.pack({{"refused": f"it could not: {{error!r}}"}}, {{}})
+    return frames.pack({{}}, {{}})
+"""
+    command = child(tmp_path, trial, imports="os, socket, subprocess, resource")
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, command=command) as decode:
+        with pytest.raises(InvalidRequestError, match=r"it could not: (OSError|PermissionError|ValueError)"):
+            await decode(BREAK, width=32, height=32)
+        assert await decode(REQUESTS[0], width=32, height=32)
+
+
+def files() -> list[bytes]:
+    """Every kind and mode, photographs that are turned or carry a second picture, 16 bits, and damage."""
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    modes = {"PNG": "RGB L P RGBA LA 1 I;16", "JPEG": "RGB L CMYK", "WEBP": "RGB RGBA", "MPO": "RGB"}
+    made = []
+    for kind, mode in ((kind, mode) for kind, several in modes.items() for mode in several.split()):
+        out = io.BytesIO()
+        image = Image.fromarray(NOISE)
+        image = image.convert("L").convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+        more = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+        image.save(out, kind, exif=turned, **more)
+        made += [out.getvalue(), out.getvalue()[: out.tell() // 2]]
+    return made
+
+
+async def outcome(answer: Awaitable[object]) -> object:
+    try:
+        return await answer
+    except InvalidRequestError as error:
+        return str(error)
+
+
+async def test_a_process_that_can_open_nothing_decodes_as_one_that_can():
+    usual = InThread(max_pixels=MAX_PIXELS)
+    for data in files():
+        request = types_pb2.GenerateRequest(init_image=data, mask_image=data, control=types_pb2.Control(image=data))
+        expected = await outcome(usual(request, width=32, height=48))
+        # A process for each, which has seen nothing before.
+        async with ImageDecoder(max_pixels=MAX_PIXELS, children=1) as decode:
+            assert await outcome(decode(request, width=32, height=48)) == expected
+
+
+async def test_a_process_is_replaced_before_its_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    work = """
+    import time
+    until_s = time.process_time() + 0.7
+    while time.process_time() < until_s: pass
+    return frames.pack({}, {"init_image_blob": str(os.getpid()).encode()})
+"""
+    command = child(tmp_path, work, life_cpu_s=8)
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, cpu_s=1, command=command) as decode:
+        seen = [(await decode(BREAK, width=32, height=32))["init_image_blob"] for _ in range(8)]
+    assert len({*seen}) > 1
+
+
+async def test_more_than_can_wait_is_busy_and_one_tenant_does_not_take_it_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    command = child(tmp_path, "import time; time.sleep(60)")
+    most = 4 * len(PICTURE)
+    async with (
+        ImageDecoder(max_pixels=MAX_PIXELS, children=1, timeout_s=3.0, waiting_bytes=most, command=command) as decode,
+        asyncio.TaskGroup() as tasks,
+    ):
+
+        def asked(tenant: str, request: types_pb2.GenerateRequest = REQUESTS[0]) -> asyncio.Task[Any]:
+            return tasks.create_task(decode(request, width=32, height=32, tenant=tenant))
+
+        await decode.warm_up()
+        hung = tasks.create_task(refused(decode(BREAK, width=32, height=32, tenant="alice")))
+        waiting = [asked("alice")]
+        await asyncio.sleep(0)
+        assert isinstance(await refused(decode(REQUESTS[0], width=32, height=32, tenant="alice")), BusyError)
+        waiting += [asked("bob"), asked("bob")]
+        await asyncio.sleep(0)
+        for tenant in ("bob", "carol"):
+            error = await refused(decode(REQUESTS[0], width=32, height=32, tenant=tenant))
+            assert isinstance(error, BusyError)
+            assert error.retry_after_s > 0
+        assert isinstance(await hung, InvalidRequestError)
+        for one in waiting:
+            assert await one
+        assert await asked("carol")
+        # Alone, a picture may be larger than all of it.
+        large = types_pb2.GenerateRequest(init_image=encode_image(np.tile(NOISE, (8, 8, 1)), ImageFormat.PNG))
+        assert len(large.init_image) > most
+        assert await asked("alice", large)
+
+
+async def refused(answer: Awaitable[object]) -> StreamFlowError:
+    with pytest.raises(StreamFlowError) as caught:
+        await answer
+    return caught.value
+
+
 def decoders() -> list[psutil.Process]:
     """There may be a Redis of other tests beside them."""
     return [one for one in psutil.Process().children() if "gateway.decode_child" in one.cmdline()]
+
+
+def rights_of(process: psutil.Process) -> dict[str, str]:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
@@ -132,7 +257,11 @@ async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
         for one in children:
             assert "secret" not in str(one.environ())
             assert one.rlimit(psutil.RLIMIT_AS)[0] < 2**31
-            assert one.rlimit(psutil.RLIMIT_FSIZE) == (0, 0)
+            for what in (psutil.RLIMIT_FSIZE, psutil.RLIMIT_NOFILE, psutil.RLIMIT_NPROC):
+                assert one.rlimit(what) == (0, 0)
+            rights = rights_of(one)
+            assert rights["NoNewPrivs"] == "1"
+            assert {int(rights[kind], 16) for kind in ("CapInh", "CapPrm", "CapEff")} == {0}
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import os
+import resource
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc.aio
@@ -17,6 +19,18 @@ from streamflow.rpc.server import RpcServer, Service
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
 
 NAME = "streamflow.v1.Gateway"
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """This process can open none, as when it has too many open; it can still look at them."""
+    before, first_free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(0)
+    os.close(first_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (first_free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Answering(gateway_pb2_grpc.GatewayServicer):
@@ -64,6 +78,7 @@ def serve(servicer: Answering) -> Serve:
         keys: Any = None,
         credentials: Any = None,
         on_drain: Any = None,
+        on_call: Any = None,
         root_ca: bytes | None = None,
         health_port: int = 0,
         **settings: Any,
@@ -77,6 +92,7 @@ def serve(servicer: Answering) -> Serve:
             keys=keys,
             credentials=credentials,
             on_drain=on_drain,
+            on_call=on_call,
             health_port=health_port,
         )
         async with server, open_aio_channel(Target(server.address, root_ca=root_ca)) as channel:

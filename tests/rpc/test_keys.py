@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamflow.errors import InvalidRequestError, UnauthenticatedError
-from streamflow.rpc.auth import ANYBODY, ApiKeys, Caller, KeyLine, hash_key, read_line
+from streamflow.rpc.auth import ANYBODY, MOST, ApiKeys, Caller, KeyLine, hash_key, read_line
 from streamflow.rpc.channels import key_metadata
 from streamflow.rpc.key_file import KeyFile
 from streamflow.types import Quota
 from tests.keys import api_keys, key_lines
+from tests.rpc.conftest import no_more_files
 
 A, B = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
 
@@ -60,6 +61,8 @@ def test_a_tenant_may_have_two_keys_at_once():
         (f"{A} alice jobs=1 jobs=2", "jobs"),
         (f"{A} alice jobs=1\n{B} alice jobs=2", "line 2"),
         (f"{A} alice operator\n{B} alice", "line 2"),
+        (f"{A} alice\n{A.upper().replace('SHA', 'sha')} bob", "line 2: the key aaaaaaaaaaaa stands there twice"),
+        (f"{A} alice\n{A} alice", "line 2: the key aaaaaaaaaaaa stands there twice"),
     ],
 )
 def test_a_file_that_cannot_be_used_says_why_and_tells_no_key(text, said):
@@ -74,8 +77,8 @@ def test_a_file_that_cannot_be_used_says_why_and_tells_no_key(text, said):
     st.binary(min_size=32, max_size=32),
     st.from_regex(r"[A-Za-z0-9_.-]{1,40}", fullmatch=True),
     st.booleans(),
-    st.none() | st.integers(0, 999_999_999),
-    st.none() | st.integers(0, 99_999).map(lambda tenths: tenths / 10),
+    st.none() | st.integers(0, MOST),
+    st.none() | st.integers(0, MOST * 10**6).map(lambda millionths: millionths / 10**6),
 )
 def test_a_line_reads_as_it_was_written(digest, tenant, operator, jobs, per_minute):
     line = KeyLine(digest, Caller(tenant, operator, Quota(jobs, per_minute)))
@@ -137,6 +140,20 @@ async def test_a_broken_file_is_refused_loudly_and_the_old_keys_stay(tmp_path, c
         path.write_text(key_lines("new alice\n"))
         await until(lambda: knows(keys, "new"))
     assert "secret" not in caplog.text
+
+
+async def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text(key_lines("old alice\n"))
+    async with followed(path) as keys:
+        path.write_text(key_lines("new alice\n"))
+        with no_more_files():
+            await until(lambda: bool(errors(caplog)))
+            await asyncio.sleep(0.1)
+            assert knows(keys, "old")
+        await until(lambda: knows(keys, "new"))
+        assert not knows(keys, "old")
+        assert len(errors(caplog)) == 1
 
 
 @pytest.mark.parametrize("content", [None, "secret alice\n", ""])

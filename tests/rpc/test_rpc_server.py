@@ -144,6 +144,18 @@ async def test_a_port_that_is_taken_is_reported(serve):
                 pass
 
 
+@pytest.mark.parametrize(
+    ("host", "keys", "warned"), [("127.0.0.1", "", 0), ("0.0.0.0", "", 1), ("0.0.0.0", "key-one alice\n", 0)]
+)
+async def test_the_log_says_who_may_call(serve, caplog, host, keys, warned):
+    with caplog.at_level("INFO"):
+        async with serve(host=host, keys=api_keys(keys)):
+            pass
+    [line] = [one for one in caplog.records if one.message == "serving"]
+    assert line.streamflow_fields["keys"] == ("on" if keys else "off")
+    assert sum("no keys" in one.message for one in caplog.records) == warned
+
+
 async def test_reflection_only_when_asked_for(serve):
     def services(address: str) -> list[str]:
         with open_channel(Target(address)) as channel:

@@ -22,6 +22,7 @@ from streamflow.rpc.certificates import CertificateFiles, probe_target
 from streamflow.rpc.channels import Target, open_aio_channel
 from streamflow.rpc.probe import is_ready
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
+from tests.rpc.conftest import no_more_files
 
 pytestmark = pytest.mark.timeout(60)
 NAME = "streamflow.v1.Gateway"
@@ -115,6 +116,16 @@ async def test_a_certificate_is_exchanged_under_a_running_server(secure, authori
         authority.cert.write_bytes(before)
         assert await job(AsyncClient(server.address, tls=authority.root)) == "x"
         assert [one.levelname for one in caplog.records if "before stays" in one.message] == ["ERROR"]
+
+
+def test_a_certificate_that_cannot_be_read_for_a_moment_is_read_again(authority, caplog):
+    files = authority.files()
+    authority.issue("localhost")
+    with no_more_files():
+        assert [files._newer() for _ in range(3)] == [None] * 3
+    assert files._newer() is not None
+    assert files._newer() is None
+    assert [one.levelname for one in caplog.records if "before stays" in one.message] == ["ERROR"]
 
 
 @pytest.mark.parametrize("broken", ["key of another", "no certificate", "missing"])

@@ -229,3 +229,14 @@ def test_the_command_refuses_a_name_that_no_deployment_can_have(tmp_path):
         assert result.exit_code == 2
         assert "deployment: got" in result.stderr or "dir: got" in result.stderr
         assert not list(tmp_path.rglob("*.password"))
+
+
+@pytest.mark.parametrize("text", ["", "\n", "short\n"])
+def test_the_command_refuses_a_password_that_is_none(tmp_path, text):
+    run("--dir", str(tmp_path))
+    before = (tmp_path / "users.acl").read_text()
+    (tmp_path / "administrator.password").write_text(text)
+    result = CliRunner().invoke(app, ["redis-acl", "--dir", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "administrator.password'; allowed: a file with 16 characters" in " ".join(result.stderr.split())
+    assert (tmp_path / "users.acl").read_text() == before

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import redis
 import trustme
 
 from streamflow.config import Settings
-from streamflow.errors import InvalidRequestError
+from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_client import connect
+from streamflow.transport.redis_streams import RedisTransport
 
 SECRET = "correct-horse"
 
@@ -62,6 +66,27 @@ def test_the_password_is_read_at_every_connection(files):
     assert RedisAccess("redis://h:1", files / "password").connection_options()[1][
         "credential_provider"
     ].get_credentials() == ("another",)
+
+
+@pytest.mark.parametrize("broken", ["missing", "empty"])
+async def test_a_password_file_that_is_away_for_a_moment_is_as_if_redis_were(tmp_path, broken):
+    path = tmp_path / "password"
+    with EmbeddedRedis() as server, redis.Redis.from_url(server.url) as raw:
+        address, secret = server.url.rpartition("@")[2], str(urlsplit(server.url).password)
+        path.write_text(secret)
+        transport = RedisTransport.from_url(RedisAccess(f"redis://{address}", path))
+        await transport.ping()
+        path.unlink()
+        if broken == "empty":
+            path.touch()
+        raw.client_kill_filter(_type="normal", skipme=True)
+        with pytest.raises(UnavailableError, match="redis_password_file") as caught:
+            await transport.ping()
+        assert caught.value.for_clients
+        assert "password" not in caught.value.for_clients
+        path.write_text(secret)
+        await transport.ping()
+        await transport.close()
 
 
 def test_the_user_need_not_be_in_the_url(files):
