@@ -48,6 +48,7 @@ class Measured:
         busy, done: slot-seconds, and the work that they took, while every slot was in use.
         last_done_s: end of the last image, or of the last time that nothing was under way.
         full_since_s: when the last free slot was taken.
+        steady_since_s: what began before says nothing: a stage had no replica.
     """
 
     memory: float
@@ -56,6 +57,7 @@ class Measured:
     done: float = 0.0
     last_done_s: float = 0.0
     full_since_s: float = 0.0
+    steady_since_s: float = 0.0
 
     def add_busy(self, work: float, slot_seconds: float) -> None:
         self.busy, self.done = self.memory * self.busy + slot_seconds, self.memory * self.done + work

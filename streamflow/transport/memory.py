@@ -173,6 +173,7 @@ class MemoryTransport:
         if now_s - self._reaped_at_s > self._policy.reap_gap_s:
             self._watch_grace_until_s = now_s + self._policy.watch_grace_s
         self._reaped_at_s = now_s
+        self._state.look_after_measuring()
         late = [job for job in self._state.open_jobs() if job.deadline_at_s <= now_s]
         for job in late:
             self._state.end_late(job)

@@ -139,6 +139,13 @@ class State:
         )
         return slots or self.policy.min_window / 2
 
+    def look_after_measuring(self) -> None:
+        """What waits for a stage in which nobody is measures nothing."""
+        now_s = self.clock()
+        live = [worker for worker, lapses_s in self.workers.values() if lapses_s > now_s and not worker.draining]
+        if {worker.stage for worker in live} != set(Stage):
+            self.measured.steady_since_s = self.measured.last_done_s = now_s
+
     def estimate_s(self, ahead: float, work: float, images: int) -> float | None:
         """How long the last of some images of one job will take, with so much work waiting before the first."""
         return self.estimate(ahead, work, images)[0]
@@ -309,15 +316,17 @@ class State:
 
     def measure(self, job: Job, index: int, *, is_done: bool) -> None:
         """Counts an image that is under way; what did not end says only that it takes longer."""
-        now_s, slots, work = self.clock(), self.num_slots(), job.new.work
+        now_s, slots, work, last_done_s = self.clock(), self.num_slots(), job.new.work, self.measured.last_done_s
         released_at_s, load = job.released.get(index, (now_s, self.under_way()))
+        if is_done:
+            self.measured.last_done_s = now_s
+        if released_at_s < self.measured.steady_since_s:
+            return
         time_s, load_mean = now_s - released_at_s, (load + self.under_way()) / 2
         sums = self.measured.classes.setdefault(class_of(load_mean), Sums())
         if is_done or not sums.n or sums.image_s(work) <= time_s:
             sums.add(work, time_s, load_mean, memory=self.policy.memory)
             sums.at_s = now_s
-        if is_done:
-            if self.under_way() >= slots:
-                since_s = max(self.measured.last_done_s, self.measured.full_since_s)
-                self.measured.add_busy(work, slots * max(0.0, now_s - since_s))
-            self.measured.last_done_s = now_s
+        if is_done and self.under_way() >= slots:
+            since_s = max(last_done_s, self.measured.full_since_s)
+            self.measured.add_busy(work, slots * max(0.0, now_s - since_s))

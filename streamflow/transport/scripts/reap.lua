@@ -10,6 +10,16 @@ local function due(key, what)
   end
 end
 
+-- What waits for a stage in which nobody is measures nothing.
+local taking = {}
+for _, value in ipairs(redis.call('HVALS', WORKERS)) do
+  local lapses, stage, _, draining = registered(value)
+  if stage and lapses > NOW and not draining then taking[stage] = true end
+end
+if not (taking.encode and taking.denoise and taking.decode) then
+  redis.call('HSET', META, 'steady_since', seconds(NOW), 'last_done', seconds(NOW))
+end
+
 due(OPEN, end_late)
 
 -- While nobody reaped, nobody could renew either; or the clock jumped.
