@@ -24,6 +24,6 @@ def too_late(expected_s: float, *, left_s: float) -> DeadlineError:
     # Two digits, and no power of ten.
     about_s = float(f"{expected_s:.2g}")
     return DeadlineError(
-        f"this request takes about {about_s:.12g} s here, too much for the {left_s:.3g} s that it may take, with a margin "
-        "of a quarter; allow more time, or ask for fewer steps or images"
+        f"this request takes about {about_s:.12g} s here, too much for the {left_s:.3g} s that it may take, with a "
+        "margin of a quarter; allow more time, or ask for fewer steps or images"
     )

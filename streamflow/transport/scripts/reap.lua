@@ -14,7 +14,7 @@ end
 local taking = {}
 for _, value in ipairs(redis.call('HVALS', WORKERS)) do
   local lapses, stage, _, draining = registered(value)
-  if stage and lapses > NOW and not draining then taking[stage] = true end
+  if lapses and stage and lapses > NOW and not draining then taking[stage] = true end
 end
 if not (taking.encode and taking.denoise and taking.decode) then
   redis.call('HSET', META, 'steady_since', seconds(NOW), 'last_done', seconds(NOW))
