@@ -125,7 +125,8 @@ async def test_8_torn_tail_of_the_append_only_file(tally: Tally, tmp_path: Path)
         torn = tmp_path / f"torn-{number}"
         shutil.copytree(whole, torn)
         with append_only_file(torn).open("r+b") as opened:
-            opened.truncate(rng.randrange(1, size))
+            # Once near the end, where there is an image in each of its ends.
+            opened.truncate(rng.randrange(1, size) if number else size - 1)
         server = EmbeddedRedis(directory=torn)
         try:
             server.start()
