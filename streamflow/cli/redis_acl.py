@@ -31,8 +31,9 @@ def redis_acl(
     users.acl holds hashes of the passwords. Let Redis read it (`aclfile /path/users.acl` in redis.conf, `ACL LOAD`
     after a change), and each process its own password: --redis-url redis://USER@HOST:6379/0 --redis-password-file FILE.
 
-    Users of other deployments and models that are in the file stay in it, with what they may do in this version. So one
-    Redis serves several deployments when the command was run for each of them with the same folder.
+    Users of other deployments and models that are in the file stay in it, with their passwords of before and what they
+    may do in this version. So one Redis serves several deployments when the command was run for each of them with the
+    same folder.
 
     \b
     Examples:
