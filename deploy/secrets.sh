@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes the files that docker-compose.yml mounts as secrets: sh deploy/secrets.sh [FOLDER]
+# Makes the files that docker-compose.yml mounts as secrets.
 #
 # Passwords that are there already stay; to exchange one, delete its file and run this again. The users of Redis are
 # written anew each time, with what the processes of this version may do.
@@ -8,15 +8,36 @@
 # are, and the users of the containers own nothing on this machine.
 set -eu
 here=$(dirname "$0")
-folder=${1:-${STREAMFLOW_SECRETS:-secrets}}
 users="gateway encoder denoiser decoder administrator"
-mkdir -p "$folder"
-chmod 700 "$folder"
+usage="usage: sh deploy/secrets.sh [FOLDER]
+
+Makes users of Redis and passwords for docker-compose.yml. Passwords that are there already stay.
+FOLDER: where the files go; by default what STREAMFLOW_SECRETS says, in the environment or in ./.env, or else ./secrets."
 
 refuse() {
     echo "$1" >&2
     exit 1
 }
+
+case ${1:-} in
+    -h | --help)
+        echo "$usage"
+        exit
+        ;;
+    -*) refuse "$usage" ;;
+esac
+[ $# -le 1 ] || refuse "$usage"
+folder=${1:-${STREAMFLOW_SECRETS:-}}
+if [ -z "$folder" ] && [ -f .env ]; then
+    folder=$(sed -n 's/^STREAMFLOW_SECRETS=//p' .env | tail -n 1)
+    # Compose knows quotes, comments and variables there, and this does not.
+    case $folder in
+        *[!A-Za-z0-9_./-]*) refuse "STREAMFLOW_SECRETS in .env: got $folder; name the folder yourself: $usage" ;;
+    esac
+fi
+folder=${folder:-secrets}
+mkdir -p "$folder"
+chmod 700 "$folder"
 
 password() {
     if [ -e "$1" ]; then

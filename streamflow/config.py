@@ -147,7 +147,7 @@ class EngineSettings(BaseSettings):
 
 
 class StageSettings(EngineSettings, ModelSettings, Settings):
-    """What a stage's process needs besides."""
+    """A stage of a deployment: a text encoder, a denoiser or a decoder, which takes its work from Redis."""
 
     device: str = Field("auto", description="cpu, cuda, cuda:1 ...; auto = a GPU where there is one")
     gpu: str = Field(
@@ -198,7 +198,7 @@ class TlsSettings(BaseSettings):
 
 
 class GatewaySettings(TlsSettings, ModelSettings, Settings):
-    """What the gateway needs besides."""
+    """The gateway of a deployment: clients call it, it admits their requests and streams back what becomes of them."""
 
     port: int = Field(50051, ge=0, le=65535, description="Port to listen on; 0 takes a free one")
     more_models: Annotated[dict[str, Path], NoDecode] = Field(

@@ -304,6 +304,40 @@ def test_where_there_is_no_chance_there_is_no_password(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def secrets_sh(*arguments: str, folder: Path, said: str = "") -> subprocess.CompletedProcess[str]:
+    command = ["sh", str(ROOT / "deploy" / "secrets.sh"), *arguments]
+    environment = {"PATH": os.environ["PATH"], "STREAMFLOW_SECRETS": said}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_folder_of_secrets_may_stand_where_compose_reads_it(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("STREAMFLOW_TAG=1\nSTREAMFLOW_SECRETS=./elsewhere\n")
+    for arguments, said, folder in (((), "", "elsewhere"), ((), "set", "set"), (("given",), "set", "given")):
+        assert not (tmp_path / folder).exists()
+        assert secrets_sh(*arguments, folder=tmp_path, said=said).returncode == 0
+        assert (tmp_path / folder / "redis_users").exists()
+    (tmp_path / ".env").write_text('STREAMFLOW_SECRETS="$HOME/secrets"\n')
+    refused = secrets_sh(folder=tmp_path)
+    assert refused.returncode != 0
+    assert "in .env: got" in refused.stderr
+    assert not (tmp_path / "secrets").exists()
+    (tmp_path / ".env").unlink()
+    assert secrets_sh(folder=tmp_path).returncode == 0
+    assert (tmp_path / "secrets" / "redis_users").exists()
+
+
+def test_the_script_of_secrets_tells_how_it_is_used(tmp_path: Path) -> None:
+    for argument in ("-h", "--help"):
+        asked = secrets_sh(argument, folder=tmp_path)
+        assert (asked.returncode, asked.stderr) == (0, "")
+        assert asked.stdout.startswith("usage: sh deploy/secrets.sh [FOLDER]")
+    for wrong in (("--folder",), ("-p", "x"), ("one", "two")):
+        refused = secrets_sh(*wrong, folder=tmp_path)
+        assert refused.returncode != 0
+        assert refused.stderr.startswith("usage: ")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_users_of_redis_have_the_rights_of_this_version(tmp_path: Path) -> None:
     code = runpy.run_path(str(ROOT / "deploy" / "redis" / "users.py"))
     template = (ROOT / "deploy" / "redis" / "users.acl.template").read_text("utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streamflow.config import GatewaySettings, settings_from
+from streamflow.config import GatewaySettings, StageSettings, settings_from
 from streamflow.model_names import read_model, read_models, write_models
 
 
@@ -102,3 +102,12 @@ def test_a_path_may_have_a_name_in_front(text: str, name: str, path: str) -> Non
 def test_what_is_written_is_read() -> None:
     models = {"a": Path("/m/a=b"), "c-d": Path("e f/g")}
     assert read_models(write_models(models)) == models
+
+
+@pytest.mark.parametrize(("kind", "said"), [(GatewaySettings, "The gateway"), (StageSettings, "A stage")])
+def test_the_help_says_what_the_program_is(
+    kind: type[GatewaySettings | StageSettings], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        settings_from(["--help"], kind, program="it")
+    assert f"\n\n{said} of a deployment: " in capsys.readouterr().out

@@ -7,18 +7,20 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streamflow.errors import InvalidRequestError
 from streamflow.model_names import DEPLOYMENT, deployment_of
 from streamflow.transport.acl import DEFAULT_OFF, RIGHTS, administrator_line, user_line
+from streamflow.transport.keys import prefix_of
 
 ADMINISTRATOR = "administrator"
 USERS_FILE = "users.acl"
 _PASSWORD_BYTES = 32
 _LEAST_CHARACTERS = 16
+_KEYS_OF = re.compile(re.escape("~" + prefix_of("NAME")).replace("NAME", f"({DEPLOYMENT})"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +35,34 @@ class User:
     def password_file(self) -> str:
         return f"{self.name}.password"
 
-    def line(self, password: str) -> str:
-        digest = hashlib.sha256(password.encode()).hexdigest()
+    def line(self, password_sha256: str) -> str:
         if not self.role:
-            return administrator_line(self.name, digest)
-        return user_line(self.name, RIGHTS[self.role], self.deployments, digest)
+            return administrator_line(self.name, password_sha256)
+        return user_line(self.name, RIGHTS[self.role], self.deployments, password_sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class _Old:
+    """A user of the file as it was."""
+
+    text: str
+
+    @property
+    def name(self) -> str:
+        return self.text.split()[1]
+
+    @property
+    def deployments(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(_KEYS_OF.findall(self.text)))
+
+    def renewed(self) -> str:
+        """With the rights of this version and the password of before; as it is, where it is none of ours."""
+        rules = self.text.split()[2:]
+        hashes = [rule[1:] for rule in rules if rule.startswith("#")]
+        for role in RIGHTS:
+            if self.name in {f"{one}-{role}" for one in self.deployments} and len(hashes) == 1 and "on" in rules:
+                return User(self.name, role, self.deployments).line(hashes[0])
+        return self.text
 
 
 def users_of(deployment: str, more_models: Sequence[str]) -> list[User]:
@@ -56,20 +81,46 @@ def users_of(deployment: str, more_models: Sequence[str]) -> list[User]:
     return [*users, User(ADMINISTRATOR, "", ())]
 
 
-def write(folder: Path, users: Sequence[User]) -> Path:
-    """Writes users.acl and the passwords that are not there yet; the path of the former.
+def write(folder: Path, users: Sequence[User], *, only: bool = False) -> list[str]:
+    """Writes users.acl, and the passwords that are not there yet; the names of further users that it keeps.
+
+    Redis forgets whoever is not in the file when it loads it. So users of other deployments and models that stand in it
+    stay, and a gateway may go on to touch what it could.
+
+    Args:
+        only: no others stay.
 
     Raises:
         InvalidRequestError: the folder cannot be written to, or a password that is there is too short.
     """
+    path = folder / USERS_FILE
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lines = [user.line(_password(folder / user.password_file)) for user in users]
-        path = folder / USERS_FILE
-        path.write_text("\n".join([DEFAULT_OFF, *lines]) + "\n", "utf-8")
+        old = {} if only else {user.name: user for user in _read(path)}
+        ours = [_joined(user, old.pop(user.name, None)) for user in users]
+        lines = [user.line(_sha256(_password(folder / user.password_file))) for user in ours]
+        lines += [user.renewed() for user in old.values()]
+        path.write_text("\n".join([DEFAULT_OFF, *lines]) + "\n", "utf-8", errors="surrogateescape")
     except OSError as error:
         raise InvalidRequestError("dir", folder, "a folder that can be written to", error.strerror or "") from error
-    return path
+    return list(old)
+
+
+def _read(path: Path) -> Iterator[_Old]:
+    if path.exists():
+        for line in path.read_text("utf-8", errors="surrogateescape").splitlines():
+            if line.startswith("user ") and line.split()[1:2] not in ([], ["default"]):
+                yield _Old(line)
+
+
+def _joined(user: User, old: _Old | None) -> User:
+    if old is None or not user.role:
+        return user
+    return replace(user, deployments=tuple(dict.fromkeys((*user.deployments, *old.deployments))))
+
+
+def _sha256(password: str) -> str:
+    return hashlib.sha256(password.encode()).hexdigest()
 
 
 def _password(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -111,7 +112,9 @@ def revoke(
 def _path(file: Path | None) -> Path:
     from streamflow.config import ClientSettings
 
-    return file or ClientSettings().api_keys_file or Path("keys.txt")
+    path = file or ClientSettings().api_keys_file or Path("keys.txt")
+    # A file is replaced whole: a link would be in place of its target, which servers may know by another name.
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _about(line: Line) -> dict[str, object]:

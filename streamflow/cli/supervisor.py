@@ -195,6 +195,10 @@ class LocalDeployment:
         return Path(str(given)) if given else None
 
     @property
+    def asks_for_keys(self) -> bool:
+        return bool(self._settings.get("api_keys_file", Settings().api_keys_file))
+
+    @property
     def processes(self) -> Mapping[str, Supervised]:
         """By name; each tells its `pid` and `restarts`."""
         return self._processes

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,8 +29,12 @@ _PRIORITIES = {-1: " low", 0: "", 1: " high"}
 _BAR = 12
 _BLOCKS, _ASCII = ("\u2588", "\u2591"), ("#", ".")
 _RATE_OVER_S = 10.0
-# Title, queues, the heads of the tables, and a line for what was left out.
-_AROUND = 12
+# On fewer columns there are numbers without bars; then ids are shorter too, and what a replica runs on is not told.
+_BARS_FROM, _NAMES_FROM = 96, 80
+# The heads of the tables, and a line for what was left out.
+_AROUND = 9
+# No longer word is wrapped.
+_WORD = 12
 
 
 def top(
@@ -38,12 +43,13 @@ def top(
     tls: Tls = False,
     tls_ca: TlsCa = None,
     interval: Annotated[float, typer.Option("--interval", "-i", min=0.2, max=60, help="Seconds between looks.")] = 1.0,
-    frames: Annotated[int, typer.Option(min=0, help="Leave after so many looks, the last one stays; 0 = never.")] = 0,
+    frames: Annotated[int, typer.Option(min=0, help="Leave after so many looks; 0 = never.")] = 0,
 ) -> None:
     """Watch a deployment at work: its queues, its replicas, and what every slot of the running batch is at.
 
     Each line of the lower table is an image in a denoiser: how far it is, and the timestep that the network was fed
-    last. They differ from slot to slot; that is what the running batch is for. Ctrl-C leaves.
+    last. They differ from slot to slot; that is what the running batch is for. Ctrl-C leaves. Into a file or a pipe it
+    writes one look below the other.
 
     \b
     Examples:
@@ -63,12 +69,16 @@ def top(
     looks: deque[Look] = deque(maxlen=max(2, round(_RATE_OVER_S / interval)))
     with connect(address, api_key, tls, tls_ca) as client:
         looks.append(Look(client.status(), time.monotonic()))
-        # A terminal shows frame after frame in one place; anything else gets the last one only.
-        with Live(console=console, auto_refresh=False, screen=console.is_terminal and not frames) as live:
+        # A terminal shows frame after frame in one place.
+        live = Live(console=console, auto_refresh=False, screen=not frames) if console.is_terminal else None
+        with live or nullcontext():
             try:
                 for number in itertools.count(1):
-                    shown = frame(looks[-1], looks[0], lines=console.height, plain=plain)
-                    live.update(shown, refresh=console.is_terminal)
+                    shown = frame(looks[-1], looks[0], width=console.width, lines=console.height, plain=plain)
+                    if live is None:
+                        console.print(shown)
+                    else:
+                        live.update(shown, refresh=True)
                     if number == frames:
                         return
                     time.sleep(interval)
@@ -85,19 +95,23 @@ class Look:
     at_s: float
 
 
-def frame(now: Look, before: Look, *, lines: int, plain: bool = False) -> Group:
+def frame(now: Look, before: Look, *, width: int, lines: int, plain: bool = False) -> Group:
     """What is shown of a deployment.
 
     Args:
         before: an earlier look, for rates.
-        lines: of the terminal.
+        width, lines: of the terminal.
         plain: the terminal shows ASCII alone.
     """
     from rich.console import Group
 
-    room, bar = max(3, lines - _AROUND - len(now.status.stages) - len(now.status.missing)), _ASCII if plain else _BLOCKS
-    replicas, slots = _replicas(now, before, bar=bar), _slots(now.status, room=room, bar=bar)
-    return Group(_title(now, before), _queues(now.status.queues), replicas, slots)
+    title, queues = _title(now, before), _queues(now.status.queues)
+    around = _AROUND + sum(1 + len(text) // max(1, width - _WORD) for text in (title, queues))
+    room = max(3, lines - around - len(now.status.stages) - len(now.status.missing))
+    bar = None if width < _BARS_FROM else _ASCII if plain else _BLOCKS
+    wide = width >= _NAMES_FROM
+    replicas = _replicas(now, before, bar=bar, wide=wide)
+    return Group(title, queues, replicas, _slots(now.status, room=room, bar=bar, wide=wide))
 
 
 def _title(now: Look, before: Look) -> Text:
@@ -105,14 +119,12 @@ def _title(now: Look, before: Look) -> Text:
 
     status = now.status
     made = sum(filter(None, (_rate(stage, now, before) for stage in status.stages if stage.stage == "decoder")))
-    text = Text.assemble(
+    return Text.assemble(
         ("StreamFlow", "bold"),
         f"  {', '.join(status.models)}  up {duration(status.uptime_s)}   ",
         (f"{made:.1f} images/s", "bold green"),
         f"   {sum(queue.images for queue in status.queues)} images to do",
     )
-    text.no_wrap = True
-    return text
 
 
 def _queues(queues: Sequence[Queue]) -> Text:
@@ -127,58 +139,70 @@ def _queues(queues: Sequence[Queue]) -> Text:
     parts = []
     for place in _PLACES:
         there = sorted((key for key in images if key[0] == place), key=lambda key: -key[1])
-        said = ", ".join(f"{images[key]}{_PRIORITIES.get(key[1], '')} ({oldest[key]:.1f} s)" for key in there)
+        said = ", ".join(f"{images[key]}{_PRIORITIES.get(key[1], '')} (oldest {oldest[key]:.1f} s)" for key in there)
         parts.append(f"{place} {said or 0}")
     return Text("  >  ".join(parts), style="dim")
 
 
-def _replicas(now: Look, before: Look, *, bar: tuple[str, str]) -> Table:
+def _replicas(now: Look, before: Look, *, bar: tuple[str, str] | None, wide: bool) -> Table:
     from rich.text import Text
 
     from streamflow.client.views import STAGES
 
-    made = _table(("stage", "left"), ("replica", "left"), ("runs on", "left"), ("slots in use", "left"), *_NUMBERS)
+    runs_on = [(_RUNS_ON, "left")] if wide else []
+    slots = "slots in use" if wide else "slots"
+    made = _table(("stage", "left"), ("replica", "left"), *runs_on, (slots, "left"), *_NUMBERS, wide=wide)
     for stage in sorted(now.status.stages, key=lambda one: (one.model, STAGES.index(one.stage), one.worker_id)):
         rate = _rate(stage, now, before)
         _add(
             made,
             stage.stage,
             Text(stage.worker_id.rpartition("-")[2], style="yellow" if stage.draining else ""),
-            f"{stage.backend} on {stage.device}",
+            *([_cut(f"{stage.backend} on {stage.device}")] if wide else []),
             _bar(stage.slots_in_use, stage.slots, bar),
             "" if rate is None else f"{rate:.1f}",
             f"{stage.image_ms:.0f}" if stage.image_ms else "",
             "draining" if stage.draining else duration(stage.uptime_s),
         )
     for model, missing in now.status.missing:
-        _add(made, missing, "none", f"images of {model} wait", "", "", "", "")
+        _add(made, missing, "none", *([_cut(f"{model} waits")] if wide else []), "", "", "", "")
     return made
 
 
-_GIVES_WAY = "runs on"
+def _cut(cell: str) -> Text:
+    """Of a column that gives way."""
+    from rich.text import Text
+
+    return Text(cell, no_wrap=True, overflow="ellipsis")
+
+
+_RUNS_ON, _SAMPLER = "runs on", "sampler"
 _NUMBERS = (("images/s", "right"), ("ms/image", "right"), ("up", "right"))
 
 
-def _slots(status: Status, *, room: int, bar: tuple[str, str]) -> Table:
-    made = _table(("image", "left"), ("step", "left"), ("timestep", "right"), ("sampler", "left"), ("denoiser", "left"))
+def _slots(status: Status, *, room: int, bar: tuple[str, str] | None, wide: bool) -> Table:
+    columns = (("image", "left"), ("step", "left"), ("timestep", "right"), (_SAMPLER, "left"), ("denoiser", "left"))
+    made = _table(*columns, wide=wide)
+    characters, nobody = (24, "(another tenant's, or direct)") if wide else (8, "(another's)")
     found = [(slot, stage) for stage in status.stages for slot in stage.work]
     for slot, stage in found[:room]:
-        image = f"{slot.request_id[:24]}:{slot.index}" if slot.request_id else "(another tenant's, or direct)"
+        image = f"{slot.request_id[:characters]}:{slot.index}" if slot.request_id else nobody
         replica = stage.worker_id.rpartition("-")[2]
-        _add(made, image, _bar(slot.step, slot.steps, bar), f"{slot.timestep:.1f}", slot.sampler, replica)
+        _add(made, image, _bar(slot.step, slot.steps, bar), f"{slot.timestep:.1f}", _cut(slot.sampler), replica)
     if len(found) > room:
         _add(made, f"and {len(found) - room} more", "", "", "", "")
     return made
 
 
-def _table(*columns: tuple[str, str]) -> Table:
+def _table(*columns: tuple[str, str], wide: bool) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False)
+    made = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False, padding=(0, 1) if wide else (0, 1, 0, 0))
     for name, justify in columns:
-        # What a replica runs on gives way first, where the terminal is narrow.
-        made.add_column(name, justify="right" if justify == "right" else "left", no_wrap=name != _GIVES_WAY)
+        # What may be wrapped gives way first, where the terminal is narrow.
+        no_wrap = name not in (_RUNS_ON, _SAMPLER)
+        made.add_column(name, justify="right" if justify == "right" else "left", no_wrap=no_wrap)
     return made
 
 
@@ -189,10 +213,12 @@ def _add(table: Table, *cells: RenderableType) -> None:
     table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
 
 
-def _bar(part: int, whole: int, characters: tuple[str, str]) -> Text:
-    """Blocks, and the numbers."""
+def _bar(part: int, whole: int, characters: tuple[str, str] | None) -> Text:
+    """Blocks, if there is room for them, and the numbers."""
     from rich.text import Text
 
+    if characters is None:
+        return Text(f"{part}/{whole}")
     full, (done, rest) = round(_BAR * min(part, whole) / whole) if whole else 0, characters
     return Text.assemble((done * full, "green"), (rest * (_BAR - full), "dim"), f" {part}/{whole}")
 

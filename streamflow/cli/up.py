@@ -156,6 +156,7 @@ def _print_table(deployment: LocalDeployment) -> None:
     console.print(table)
     where = "" if deployment.address == "127.0.0.1:50051" else f" --address {deployment.address}"
     where += " --tls-ca FILE" if deployment.tls_cert else ""
+    where += " --api-key KEY" if deployment.asks_for_keys else ""
     card = deployment.cards[0]
     what = "--class-label 0" if card.class_labels else '"a large red circle on a white background"'
     console.print(f"Try: streamflow generate {what} -o picture.png{where}", soft_wrap=True, highlight=False)

@@ -105,6 +105,22 @@ def test_a_file_keeps_its_mode(file: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_one_and_its_target_has_the_keys(file: Path, tmp_path: Path, there: bool) -> None:
+    target = tmp_path / "elsewhere" / "keys.txt"
+    target.parent.mkdir()
+    file.symlink_to("elsewhere/keys.txt")
+    keys = [created("bob", "--file", str(target))] if there else []
+    keys.append(created("alice"))
+    assert file.is_symlink()
+    assert [caller(target, key).tenant for key in keys] == (["bob", "alice"] if there else ["alice"])
+    created("carol")
+    first = json.loads(run("list", "--json").stdout)[0]
+    assert run("revoke", first["id"]).exit_code == 0
+    assert file.is_symlink()
+    assert first["id"] not in target.read_text()
+
+
 @pytest.mark.parametrize("number", ["1000000", "100000.5", "0.000001", "999999999", "0", "30"])
 def test_a_quota_is_kept_as_it_was_given(file: Path, number: str) -> None:
     assert caller(file, created("alice", "--images-per-minute", number)).quota == Quota(None, float(number))

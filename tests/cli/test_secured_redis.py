@@ -17,6 +17,7 @@ from streamflow.cli.supervisor import COMMANDS, LocalDeployment
 from streamflow.client import AsyncClient
 from streamflow.errors import StreamFlowError, UnavailableError
 from streamflow.ports import free_port
+from streamflow.transport.acl import RIGHTS
 from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_streams import RedisTransport
@@ -184,3 +185,50 @@ async def test_a_password_is_exchanged_under_a_running_process(secured: Secured)
         raw.acl_load()  # which ends the connections of users that changed
     await transport.ping()
     await transport.close()
+
+
+@pytest.mark.parametrize("version", ["6.2", "7"])
+def test_one_redis_serves_deployments_whose_users_were_made_one_after_the_other(tmp_path: Path, version: str) -> None:
+    write(tmp_path, users_of("a", ["sd"]))
+    with SecuredRedis(version, tmp_path, tls=False) as server:
+
+        def get(user: str, key: str) -> object:
+            with redis.Redis.from_url(server.url_of(user, password=True)) as client:
+                return client.get(key)
+
+        def load() -> None:
+            with server.raw_client() as raw:
+                raw.acl_load()
+
+        assert write(tmp_path, users_of("b", [])) == [user.name for user in users_of("a", ["sd"])[:-1]]
+        load()
+        # As Redis itself writes it, and without the model that was named before.
+        with server.raw_client() as raw:
+            raw.acl_save()
+        kept = write(tmp_path, users_of("a", []))
+        load()
+        assert set(kept) == {f"{one}-{role}" for one in ("a-sd", "b") for role in RIGHTS} - {"a-sd-gateway"}
+        for one in ("a", "a-sd", "b"):
+            assert get(f"{one}-decoder", f"sf:v1:{{{one}}}:blob:x") is None
+        assert get("a-gateway", "sf:v1:{a-sd}:blob:x") is None
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            get("b-gateway", "sf:v1:{a}:blob:x")
+        assert write(tmp_path, users_of("a", []), only=True) == []
+        load()
+        with pytest.raises(redis.exceptions.NoPermissionError):
+            get("a-gateway", "sf:v1:{a-sd}:blob:x")
+        with pytest.raises(redis.exceptions.AuthenticationError):
+            get("b-decoder", "sf:v1:{b}:blob:x")
+
+
+def test_users_that_stay_have_the_rights_of_this_version_and_those_of_others_are_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, users_of("a", []))
+    file = tmp_path / "users.acl"
+    now = file.read_text()
+    strangers = ["user a-exporter on >secret ~* +info", "user a-decoder off ~sf:v1:{a}:* +get"]
+    old = now.replace(" +evalsha", "").splitlines()
+    file.write_text("\n".join([line for line in old if " a-decoder " not in line] + strangers) + "\n")
+    write(tmp_path, users_of("b", []))
+    lines = file.read_text().splitlines()
+    assert set(strangers) < set(lines)
+    assert {line for line in now.splitlines() if " a-decoder " not in line} < set(lines)

@@ -19,6 +19,7 @@ import pytest
 import redis
 import trustme
 
+from streamflow.cli import up
 from streamflow.cli.process import Command, Supervised
 from streamflow.cli.supervisor import LocalDeployment, serving
 from streamflow.errors import InvalidRequestError, NotFoundError, StreamFlowError, UnavailableError
@@ -262,6 +263,18 @@ def running() -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
         assert line, process.communicate()[1]
         yield process, list(json.loads(line).values())
         process.kill()
+
+
+@pytest.mark.parametrize("keys", [True, False])
+async def test_what_up_suggests_has_a_key_where_one_is_asked_for(
+    keys: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys.txt").write_text(f"sha256:{'a' * 64} alice\n")
+    monkeypatch.setenv("STREAMFLOW_API_KEYS_FILE", str(tmp_path / "keys.txt") if keys else "")
+    async with LocalDeployment(model=SHAPES, commands=LIGHT, encoders=0, denoisers=0, decoders=0) as deployment:
+        up._print_table(deployment)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Try: ")]
+    assert line.endswith(" --api-key KEY") == keys
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

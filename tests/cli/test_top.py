@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
 from streamflow.cli.top import Look, frame
@@ -44,9 +45,9 @@ QUEUES = (
 STATUS = Status((DECODER, DENOISER), 12, "shapes", ("shapes",), 60.0, {}, QUEUES)
 
 
-def shown(now: Look, before: Look, *, lines: int = 40) -> list[str]:
-    console = Console(width=100, height=lines, record=True, file=io.StringIO())
-    console.print(frame(now, before, lines=lines))
+def shown(now: Look, before: Look, *, width: int = 100, lines: int = 40) -> list[str]:
+    console = Console(width=width, height=lines, record=True, file=io.StringIO())
+    console.print(frame(now, before, width=width, lines=lines))
     return console.export_text().splitlines()
 
 
@@ -68,13 +69,13 @@ def test_rates_are_those_between_two_looks() -> None:
 
 def test_queues_slots_and_what_is_missing_are_told() -> None:
     text = "\n".join(shown(Look(STATUS, 1.0), Look(STATUS, 1.0)))
-    assert "waiting 5 high (2.2 s), 7 (9.0 s)  >  encode 0  >  denoise 3 (0.5 s)  >  decode 0" in text
+    assert "waiting 5 high (oldest 2.2 s), 7 (oldest 9.0 s)  >  encode 0  >  denoise 3 (oldest 0.5 s)" in text
     assert "draining" in text
     (mine,) = [line for line in text.splitlines() if "mine:2" in line]
     assert mine.split()[-3:] == ["625.0", "euler", "1a2b3c4d"]
     assert "3/8" in mine
     assert "(another tenant's, or direct)" in text
-    assert "images of shapes wait" in text
+    assert "shapes waits" in text
 
 
 def test_what_does_not_fit_on_the_terminal_is_counted() -> None:
@@ -87,6 +88,38 @@ def test_what_does_not_fit_on_the_terminal_is_counted() -> None:
     assert any(f"and {50 - visible} more" in line for line in lines)
 
 
+@pytest.mark.parametrize("width", [60, 72, 79, 80, 95, 96, 120])
+def test_numbers_are_never_cut(width: int) -> None:
+    work = [SlotWork("06f1b95ff0f244fa96c8ee0806f1b95f", k, 11, 14, 1000.0, "pseudo_corrector") for k in range(64)]
+    denoiser = replace(DENOISER, slots=64, slots_in_use=64, image_ms=1010.0, work=tuple(work))
+    decoders = [replace(DECODER, worker_id=f"decoder-{k:08}") for k in range(4)]
+    status = replace(STATUS, stages=(denoiser, *decoders))
+    lines = shown(Look(later(status), 14.0), Look(status, 10.0), width=width, lines=40)
+    assert len(lines) <= 40
+    words = [line.split() for line in lines]
+    assert "15 images to do" in " ".join(" ".join(line) for line in words)
+    [first] = [line for line in words if line[:2] == ["denoiser", "1a2b3c4d"]]
+    assert first[-4:] == ["64/64", "5.0", "1010", "1:02:03"]
+    assert sum(line[-4:] == ["0/4", "5.0", "1010", "1:02:03"] or line[-1:] == ["draining"] for line in words) == 4
+    images = [line for line in words if line and line[0].startswith("06f1b95f")]
+    assert [line[0].rpartition(":")[2] for line in images] == [str(k) for k in range(len(images))]
+    assert len(images) >= 10
+    assert all(line[-4:] == ["11/14", "1000.0", "pseudo_corrector", "1a2b3c4d"] for line in images)
+    assert any("█" in line for line in lines) == (width >= 96)
+
+
+def test_without_a_terminal_every_look_is_written_at_once() -> None:
+    command = [sys.executable, "-m", "streamflow.cli", "top", "--interval", "0.2"]
+    with Deployment() as deployment:
+        environment = {**os.environ, "STREAMFLOW_ADDRESS": deployment.address}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            looks = 0
+            while looks < 3:
+                looks += process.stdout.readline().startswith("StreamFlow ")
+            process.terminate()
+
+
 def test_what_looks_like_markup_is_told_as_it_is() -> None:
     work = (SlotWork("mine", 0, 3, 8, 625.0, "perflow[windows=4,exact=true]"),)
     status = replace(STATUS, stages=(replace(DENOISER, work=work),))
@@ -97,13 +130,18 @@ def test_what_looks_like_markup_is_told_as_it_is() -> None:
 def test_an_idle_deployment_without_replicas_is_shown_too() -> None:
     empty = replace(STATUS, stages=(), queues=(), waiting=0)
     text = "\n".join(shown(Look(empty, 1.0), Look(empty, 1.0)))
-    assert text.count("images of shapes wait") == 3
+    assert text.count("shapes waits") == 3
 
 
 def test_a_terminal_that_knows_ascii_alone_is_enough() -> None:
     command = [sys.executable, "-m", "streamflow.cli", "top", "--frames", "1"]
     with Deployment() as deployment:
-        environment = {**os.environ, "STREAMFLOW_ADDRESS": deployment.address, "PYTHONIOENCODING": "ascii"}
+        environment = {
+            **os.environ,
+            "STREAMFLOW_ADDRESS": deployment.address,
+            "PYTHONIOENCODING": "ascii",
+            "COLUMNS": "100",
+        }
         done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()
     assert "####........ 3/8" in done.stdout.decode("ascii")

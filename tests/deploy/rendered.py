@@ -38,7 +38,7 @@ def builder() -> list[str]:
 def render(base: str, *components: str) -> list[Object]:
     """A folder of deploy/kubernetes, with components on top."""
     if not components:
-        return _build(str(FOLDER / base))
+        return build(str(FOLDER / base))
     return render_on(base, {"components": [f"components/{name}" for name in components]})
 
 
@@ -53,10 +53,11 @@ def render_on(base: str, kustomization: Object) -> list[Object]:
         components = [relative(name) for name in kustomization.get("components", ())]
         whole = {**kustomization, "resources": [relative(base)], "components": components}
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(whole))
-        return _build(folder)
+        return build(folder)
 
 
-def _build(folder: str) -> list[Object]:
+def build(folder: str) -> list[Object]:
+    """A folder anywhere."""
     result = subprocess.run([*builder(), folder], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     return list(yaml.safe_load_all(result.stdout))

@@ -6,6 +6,7 @@ Nothing here runs in a cluster.
 from __future__ import annotations
 
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator
 from decimal import Decimal
@@ -25,6 +26,7 @@ from tests.deploy.rendered import (
     FOLDER,
     ROOT,
     Object,
+    build,
     deployments,
     environment,
     labels_of,
@@ -333,6 +335,25 @@ def test_each_process_gets_into_redis_as_its_own_user(overlay):
         [volume] = [each for each in pod_of(deployment)["volumes"] if each["name"] == "redis-password"]
         # The passwords of the others stay outside.
         assert volume["secret"]["items"] == [{"key": user.password_file, "path": user.password_file}]
+
+
+def test_the_readmes_overlay_is_one(tmp_path):
+    text = (FOLDER / "README.md").read_text("utf-8")
+    [overlay] = re.findall(r"```yaml\n# deploy/kubernetes/(\S+)\n(.*?)```", text, re.DOTALL)
+    [more] = re.findall(r"```yaml\n(configMapGenerator:.*?)```", text, re.DOTALL)
+    copy = tmp_path / "kubernetes"
+    shutil.copytree(FOLDER, copy)
+    file = copy / overlay[0]
+    file.parent.mkdir()
+    file.write_text(overlay[1] + more)
+    objects = build(str(file.parent))
+    for name, deployment in deployments(objects).items():
+        values = environment(objects, deployment, SECRETS)
+        assert values["STREAMFLOW_REDIS_USER"] == f"default-{name}"
+        mounts = [each["mountPath"] for each in server_of(deployment)["volumeMounts"]]
+        for setting in ("REDIS_CA", "REDIS_CERT", "REDIS_KEY", "REDIS_PASSWORD_FILE"):
+            assert values[f"STREAMFLOW_{setting}"].rpartition("/")[0] in mounts
+        assert ("STREAMFLOW_TLS_CERT" in values) == ("STREAMFLOW_API_KEYS_FILE" in values) == (name == "gateway")
 
 
 # Coming and going

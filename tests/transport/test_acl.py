@@ -222,6 +222,14 @@ def test_the_command_writes_what_redis_reads(tmp_path, server):
         assert refused(client, ("HGETALL", "sf:v1:{mine-other}:job:a"))
 
 
+def test_the_command_names_the_users_that_it_keeps(tmp_path):
+    run("--deployment", "a", "--dir", str(tmp_path))
+    for options, named in (([], True), (["--only"], False)):
+        result = CliRunner().invoke(app, ["redis-acl", "--deployment", "b", "--dir", str(tmp_path), *options])
+        assert ("a-gateway, a-encoder, a-denoiser, a-decoder" in result.stderr) == named
+        assert (" a-decoder " in (tmp_path / "users.acl").read_text()) == named
+
+
 def test_the_command_refuses_a_name_that_no_deployment_can_have(tmp_path):
     for name, folder in (("a b", tmp_path), ("../a", tmp_path), ("a", tmp_path / "file" / "folder")):
         (tmp_path / "file").touch()
