@@ -24,7 +24,7 @@ from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.host.watching import StageWatch
 from streamflow.rpc.key_file import KeyFile
 from streamflow.rpc.server import RpcServer, Service
-from streamflow.telemetry import configure_logging, get_logger
+from streamflow.telemetry import Told, configure_logging, get_logger
 from streamflow.telemetry.metrics import registry, serving
 from streamflow.telemetry.traces import open_tracing
 from streamflow.transport.base import Transport
@@ -147,13 +147,17 @@ async def _work(
 
 async def _keep_ready(server: RpcServer, control: StageControl, transport: Transport) -> None:
     """Ready while the store takes writes and the worker is not draining."""
+    told = Told()
     while True:
         try:
             await transport.ping()
         except (UnavailableError, BusyError) as error:
-            _log.warning("not ready", reason=str(error))
+            if told.is_news(error):
+                _log.warning("not ready", reason=str(error))
             await server.set_ready(False)
         else:
+            if told.over():
+                _log.info("ready again")
             await server.set_ready(not control.worker.draining)
         await asyncio.sleep(READY_CHECK_S)
 
