@@ -28,6 +28,7 @@ from streamflow.telemetry import Told, configure_logging, get_logger
 from streamflow.telemetry.metrics import registry, serving
 from streamflow.telemetry.traces import open_tracing
 from streamflow.transport.base import Transport
+from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.transport.worker import StageWorker
 from streamflow.types import Stage
@@ -80,6 +81,7 @@ def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | N
 
     failed: StreamFlowError | None = None
     try:
+        _check(settings, service.stage)
         device = str(resolve_device(settings.device)) + (f" (GPU {gpu.number})" if gpu else "")
         set_threads(settings.threads, deterministic=settings.deterministic)
         stage = service.load(settings)
@@ -94,6 +96,13 @@ def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | N
     if failed is not None:
         _log.error("cannot run", reason=str(failed))
         raise SystemExit(1) from failed
+
+
+def _check(settings: StageSettings, stage: Stage) -> None:
+    """Refuses what no stage can use before the minutes that loading a model may take."""
+    RedisAccess.of(settings).check()
+    KeyFile(settings.api_keys_file)
+    open_tracing(settings.traces, service=stage.service).close()
 
 
 async def serve(
