@@ -1,6 +1,12 @@
 """Starts a gateway: `python -m gateway --model models/shapes --redis-url redis://127.0.0.1:6379/0`."""
 
+# ruff: noqa: E402 - gRPC reads its variable when it is imported
+
 from __future__ import annotations
+
+from streamflow.config import GatewaySettings, quiet_grpc, settings_from
+
+quiet_grpc()
 
 import asyncio
 import sys
@@ -13,7 +19,6 @@ from gateway.models import Models, Served
 from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
 from gateway.watching import GatewayWatch
-from streamflow.config import GatewaySettings, settings_from
 from streamflow.errors import StreamFlowError, first_of
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from

@@ -307,15 +307,9 @@ class Pipeline:
                 async for event in self._live(wakes, story):
                     yield event
                 view = await self.job(key)
-            if not attached:
-                self._tell(key, view)
+            if not attached and self._on_ended is not None:
+                self._on_ended(view)
             yield story.done(view)
-
-    def _tell(self, key: JobKey, view: JobView) -> None:
-        took_s = None if view.finished_at_s is None else round(view.finished_at_s - view.admitted_at_s, 3)
-        _log.info("ended", job=key.job_id, model=self._card.name, state=view.state.value, took_s=took_s)
-        if self._on_ended is not None:
-            self._on_ended(view)
 
     async def delivered(self, key: JobKey) -> None:
         """The client has all: results may go soon. Where that cannot be written down, they stay longer."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from streamflow.errors import BusyError, UnavailableError
 from streamflow.rpc.server import RpcServer
-from streamflow.telemetry import get_logger
+from streamflow.telemetry import Told, get_logger
 from streamflow.transport.base import Transport
 
 _log = get_logger(__name__)
@@ -16,29 +16,38 @@ _log = get_logger(__name__)
 
 async def keep_up(transports: Sequence[Transport], server: RpcServer, *, every_s: float) -> None:
     """Reaps, and turns readiness with the transports, until it is cancelled. They are over one Redis."""
-    ready: bool | None = None
+    fullness = [Told() for _ in transports]
+    said: str | None = None
     while True:
-        was, ready = ready, all(await asyncio.gather(*map(_reap, transports)))
-        if ready is not was:
-            _log.info("transport takes work" if ready else "transport takes no work")
-        await server.set_ready(ready)
+        reasons = await asyncio.gather(*map(_reap, transports, fullness))
+        reason = next(filter(None, reasons), "")
+        if reason != said and reason:
+            _log.warning("transport takes no work", reason=reason)
+        elif reason != said:
+            _log.info("transport takes work")
+        said = reason
+        await server.set_ready(not reason)
         await asyncio.sleep(every_s)
 
 
-async def _reap(transport: Transport) -> bool:
+async def _reap(transport: Transport, fullness: Told) -> str:
+    """Why the transport takes no work; empty where it does."""
     try:
         await transport.ping()
         await transport.reap()
+        for job in await transport.take_ended():
+            _log.info("ended", job=job.id, state=job.state.value, took_s=round(job.took_s, 3))
+        fullness.over()
     except UnavailableError as error:
-        _log.debug("transport away", reason=str(error))
-        return False
+        return str(error)
     except BusyError as error:
         # Full is not away: what is there can be read, and new requests are told when to come back.
-        _log.warning("transport is full", reason=str(error))
+        if fullness.is_news(error):
+            _log.warning("transport is full", reason=str(error))
     except Exception as error:
         # One thing that cannot be cleared must not end the gateway, and with it all others.
         _log.error("what has expired cannot be cleared", error=error)
-    return True
+    return ""
 
 
 async def set_within(event: asyncio.Event, seconds: float) -> bool:

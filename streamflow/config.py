@@ -322,6 +322,14 @@ def environment_without_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("STREAMFLOW_")}
 
 
+def quiet_grpc() -> None:
+    """Keeps what gRPC says of its connections out of the log, unless GRPC_VERBOSITY is set; before grpc is imported.
+
+    It says it beside the log's format, and any peer can make it.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
 def visible_gpus() -> str | None:
     """CUDA_VISIBLE_DEVICES, where it is set."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")

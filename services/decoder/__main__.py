@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    from streamflow.config import StageSettings, settings_from
+    from streamflow.config import StageSettings, quiet_grpc, settings_from
 
+    quiet_grpc()
     # First, so that --help and wrong values are answered at once.
     settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.decoder")
 

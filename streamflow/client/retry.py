@@ -16,6 +16,8 @@ _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 2.0
 # A restart of a gateway takes less; a longer absence is worth a line.
 _TOLD_AFTER = 5
+# Of a gateway that is there, and says that it cannot.
+_ANSWER_TOLD_AFTER = 2
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class Retry:
                 delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
                 self._failures += 1
                 self._answer = str(error) if error.answered else ""
-                if self._contact.made and self._failures == _TOLD_AFTER:
+                if self._contact.made and self._failures == (_ANSWER_TOLD_AFTER if error.answered else _TOLD_AFTER):
                     _log.warning("%s; trying again until the time is up", self._trouble)
                 patience_s = limit_s if self._contact.made else min(self._policy.connect_timeout_s, limit_s)
                 return self._within_s(patience_s, delay_s, self._unavailable(error))

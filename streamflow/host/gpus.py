@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from streamflow.config import StageSettings, show_gpu, visible_gpus
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError
 from streamflow.gpus import WEIGHTS, Gpu, find, list_gpus, visible
-from streamflow.telemetry import get_logger
+from streamflow.telemetry import Told, get_logger
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Stage
 
@@ -107,7 +107,7 @@ class _Lease:
         self.chosen: Future[str] = Future()
         self._gpus, self._settings, self._stage, self._every_s = gpus, settings, stage, renew_every_s
         self._holder = f"{stage.service}-{secrets.token_hex(4)}"
-        self._leaving = asyncio.Event()
+        self._leaving, self._told = asyncio.Event(), Told()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def keep(self) -> None:
@@ -142,8 +142,10 @@ class _Lease:
             uuid = await transport.lease_gpu(self._holder, gpus, weight=WEIGHTS[self._stage], lease_s=3 * self._every_s)
         except (UnavailableError, BusyError) as error:
             # Without Redis there is no work either.
-            _log.warning("no lease on a GPU", reason=str(error))
+            if self._told.is_news(error):
+                _log.warning("no lease on a GPU", reason=str(error))
             return
+        self._told.over()
         if not self.chosen.done():
             self.chosen.set_result(uuid)
 

@@ -24,10 +24,11 @@ from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.host.watching import StageWatch
 from streamflow.rpc.key_file import KeyFile
 from streamflow.rpc.server import RpcServer, Service
-from streamflow.telemetry import configure_logging, get_logger
+from streamflow.telemetry import Told, configure_logging, get_logger
 from streamflow.telemetry.metrics import registry, serving
 from streamflow.telemetry.traces import open_tracing
 from streamflow.transport.base import Transport
+from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.transport.worker import StageWorker
 from streamflow.types import Stage
@@ -80,6 +81,7 @@ def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | N
 
     failed: StreamFlowError | None = None
     try:
+        _check(settings, service.stage)
         device = str(resolve_device(settings.device)) + (f" (GPU {gpu.number})" if gpu else "")
         set_threads(settings.threads, deterministic=settings.deterministic)
         stage = service.load(settings)
@@ -94,6 +96,13 @@ def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | N
     if failed is not None:
         _log.error("cannot run", reason=str(failed))
         raise SystemExit(1) from failed
+
+
+def _check(settings: StageSettings, stage: Stage) -> None:
+    """Refuses what no stage can use before the minutes that loading a model may take."""
+    RedisAccess.of(settings).check()
+    KeyFile(settings.api_keys_file)
+    open_tracing(settings.traces, service=stage.service).close()
 
 
 async def serve(
@@ -147,13 +156,17 @@ async def _work(
 
 async def _keep_ready(server: RpcServer, control: StageControl, transport: Transport) -> None:
     """Ready while the store takes writes and the worker is not draining."""
+    told = Told()
     while True:
         try:
             await transport.ping()
         except (UnavailableError, BusyError) as error:
-            _log.warning("not ready", reason=str(error))
+            if told.is_news(error):
+                _log.warning("not ready", reason=str(error))
             await server.set_ready(False)
         else:
+            if told.over():
+                _log.info("ready again")
             await server.set_ready(not control.worker.draining)
         await asyncio.sleep(READY_CHECK_S)
 

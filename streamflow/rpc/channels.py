@@ -12,19 +12,8 @@ import grpc.aio
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 * 2**20
 
-_RETRIES: dict[str, Any] = {
-    "methodConfig": [
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "3s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
+# No retries by gRPC itself but of calls that no server saw: it would keep to itself what a gateway answered.
+_CONFIG: dict[str, Any] = {
     # Several gateways behind one name share the calls.
     "loadBalancingConfig": [{"round_robin": {}}],
 }
@@ -97,7 +86,7 @@ def channel_options(max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> list[
         ("grpc.http2.ping_timeout_ms", 5_000),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_retries", 1),
-        ("grpc.service_config", json.dumps(_RETRIES)),
+        ("grpc.service_config", json.dumps(_CONFIG)),
         # Without this a request over 256 KiB, such as one with an init image, is never sent again.
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes + 2**20),
         ("grpc.max_reconnect_backoff_ms", 5_000),

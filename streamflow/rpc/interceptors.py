@@ -23,6 +23,7 @@ from streamflow.errors import (
 )
 from streamflow.rpc.auth import Keys
 from streamflow.rpc.errors import abort, rpc_errors
+from streamflow.telemetry import Sparing, get_logger
 
 Handler = Any  # grpc.RpcMethodHandler; its stubs know the synchronous signatures only
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler]]
@@ -32,6 +33,9 @@ Receive = Callable[[Context], Awaitable[Any]]
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 OTHER = "other"
+_REFUSALS = {UnauthenticatedError.code, PermissionDeniedError.code, BusyError.code}
+
+_log = get_logger(__name__)
 
 # A health check is a name of a service; it needs no key, so little is enough.
 MAX_HEALTH_CALLS = 256
@@ -177,7 +181,7 @@ class CallTimer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         if handler is None or method.startswith(HEALTH_PREFIX):
             return handler
-        name = method.rpartition("/")[2] if method in self._methods else OTHER
+        name = _name(method, self._methods)
 
         @asynccontextmanager
         async def timed(context: Context) -> AsyncIterator[None]:
@@ -188,6 +192,58 @@ class CallTimer(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 self._told(name, _code(context), time.perf_counter() - began_s)
 
         return _within(handler, timed)
+
+
+class RefusalLog(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Writes a line for a call that is refused: for its key, or for load.
+
+    Whoever can reach the port decides how many these are, so of one kind there are only some in a minute.
+
+    Args:
+        methods: see CallTimer.
+    """
+
+    def __init__(self, keys: Keys, methods: Collection[str]) -> None:
+        self._keys, self._methods = keys, frozenset(methods)
+        self._spared: defaultdict[tuple[str, str], Sparing] = defaultdict(Sparing)
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(HEALTH_PREFIX):
+            return handler
+        name = _name(handler_call_details.method, self._methods)
+
+        @asynccontextmanager
+        async def watched(context: Context) -> AsyncIterator[None]:
+            try:
+                yield
+            finally:
+                self._tell(name, context)
+
+        return _within(handler, watched)
+
+    def _tell(self, method: str, context: Context) -> None:
+        code = _code(context)
+        if code not in _REFUSALS:
+            return
+        tenant = self._tenant(context)
+        left_out = self._spared[code, tenant].turn()
+        if left_out is not None:
+            more = {"left_out": left_out} if left_out else {}
+            _log.warning("refused", method=method, code=code, tenant=tenant, reason=context.details(), **more)
+
+    def _tenant(self, context: Context) -> str:
+        try:
+            return self._keys.caller(context.invocation_metadata()).tenant
+        except UnauthenticatedError:
+            return ""
+
+
+def _name(method: str, known: Collection[str]) -> str:
+    """Of a method for people; what a caller thinks of is `OTHER`."""
+    return method.rpartition("/")[2] if method in known else OTHER
 
 
 def _within(handler: Handler, around: Callable[[Context], AbstractAsyncContextManager[None]]) -> Handler:

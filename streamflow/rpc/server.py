@@ -34,6 +34,7 @@ from streamflow.rpc.interceptors import (
     Authenticator,
     CallLimit,
     CallTimer,
+    RefusalLog,
     RequestParser,
 )
 from streamflow.telemetry import get_logger
@@ -97,8 +98,14 @@ class RpcServer:
         self._keys = keys = ApiKeys() if keys is None else keys
         for_tenants = {f"/{service.name}/{method}" for service in services for method in service.for_tenants}
         # The first one is the outermost.
-        interceptors: list[Any] = [] if on_call is None else [CallTimer(on_call, _methods(self._names))]
-        interceptors += [Authenticator(keys, for_tenants), CallLimit(keys, settings.max_calls), RequestParser(keys)]
+        methods = _methods(self._names)
+        interceptors: list[Any] = [] if on_call is None else [CallTimer(on_call, methods)]
+        interceptors += [
+            RefusalLog(keys, methods),
+            Authenticator(keys, for_tenants),
+            CallLimit(keys, settings.max_calls),
+            RequestParser(keys),
+        ]
         self._server = grpc.aio.server(
             interceptors=interceptors, options=_options(settings.max_message_bytes, max_calls=settings.max_calls)
         )

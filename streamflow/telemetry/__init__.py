@@ -4,6 +4,6 @@ The last two are imported where they are used: they need libraries that a client
 """
 
 from streamflow.telemetry.counters import Counters
-from streamflow.telemetry.logs import EventLogger, configure_logging, fingerprint, get_logger
+from streamflow.telemetry.logs import EventLogger, Sparing, Told, configure_logging, fingerprint, get_logger
 
-__all__ = ["Counters", "EventLogger", "configure_logging", "fingerprint", "get_logger"]
+__all__ = ["Counters", "EventLogger", "Sparing", "Told", "configure_logging", "fingerprint", "get_logger"]

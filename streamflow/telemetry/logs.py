@@ -9,10 +9,14 @@ import hashlib
 import json
 import logging
 import sys
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from math import inf
 from typing import Any, TextIO
 
 _FIELDS = "streamflow_fields"
+_MINUTE_S = 60.0
 
 
 class EventLogger:
@@ -41,6 +45,46 @@ class EventLogger:
 def get_logger(name: str) -> EventLogger:
     """The logger of a module; lines of other libraries go through the standard one and look the same."""
     return EventLogger(logging.getLogger(name))
+
+
+class Told:
+    """What was said last of something that goes on and on, so that only news of it is said."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def is_news(self, reason: object) -> bool:
+        """Whether it is for another reason than the last time."""
+        last, self._last = self._last, str(reason)
+        return self._last != last
+
+    def over(self) -> bool:
+        """All is well; whether that is news."""
+        return self.is_news("")
+
+
+class Sparing:
+    """At most so many lines of one kind in a minute, since others decide how often it happens.
+
+    Args:
+        clock: seconds that only rise.
+    """
+
+    def __init__(self, *, most: int = 10, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most, self._clock = most, clock
+        self._since_s, self._said, self._left_out = -inf, 0, 0
+
+    def turn(self) -> int | None:
+        """How many were left out before this one; None where it is left out itself."""
+        now_s = self._clock()
+        if now_s - self._since_s >= _MINUTE_S:
+            self._since_s, self._said = now_s, 0
+        if self._said >= self._most:
+            self._left_out += 1
+            return None
+        self._said += 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
 def configure_logging(*, level: str, log_format: str, service: str, stream: TextIO | None = None) -> None:

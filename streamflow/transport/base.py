@@ -210,6 +210,15 @@ class DeadLetter:
 
 
 @dataclass(frozen=True, slots=True)
+class EndedJob:
+    """A job that is over, for whoever writes that down."""
+
+    id: str
+    state: JobState
+    took_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Queue:
     """Images of one priority that are in one place: waiting, encode, denoise or decode.
 
@@ -324,6 +333,10 @@ class Transport(Protocol):
 
     async def reap(self) -> int:
         """Ends jobs past their deadline or watch lease, frees expired results; returns how many it touched."""
+        ...
+
+    async def take_ended(self) -> list[EndedJob]:
+        """Jobs that ended since anybody asked last, however they did: each is told once."""
         ...
 
     async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:

@@ -12,13 +12,15 @@ import redis.asyncio as redis
 from redis.exceptions import RedisError
 
 from streamflow.errors import UnavailableError
+from streamflow.telemetry.logs import Told
+from streamflow.transport.backoff import Backoff
 from streamflow.transport.redis_client import redis_errors
 
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0
 _CONFIRM_TIMEOUT_S = 5.0
-_CONNECT_AGAIN_S = 0.2
+_CONNECT_AGAIN_S, _CONNECT_AT_LEAST_S = 0.2, 1.0
 # Without a message for so long Redis is asked whether it is still there.
 _SILENCE_S = 5.0
 _MAX_QUEUED = 256
@@ -84,6 +86,7 @@ class RedisEvents:
         self._confirmed: dict[str, asyncio.Event] = {}
         self._connection: Any = None  # while it stands
         self._reader: asyncio.Task[None] | None = None
+        self._told, self._backoff = Told(), Backoff(base_s=_CONNECT_AGAIN_S, cap_s=_CONNECT_AT_LEAST_S)
 
     @asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator[asyncio.Queue[bytes]]:
@@ -135,13 +138,15 @@ class RedisEvents:
                 await connection.connect()
                 await self._read(connection)
             except (RedisError, OSError) as error:
-                log.warning("no wake-ups until Redis is back: %s", error)
+                if self._told.is_news(error):
+                    log.warning("no wake-ups until Redis is back: %s", error)
             except Exception:
                 log.exception("no wake-ups until there is a new connection to Redis")
             finally:
                 self._connection = None
                 await connection.disconnect(nowait=True)
-            await asyncio.sleep(_CONNECT_AGAIN_S)
+            self._backoff.failed()
+            await asyncio.sleep(self._backoff.next_s())
 
     async def _read(self, connection: Any) -> None:
         self._connection = connection
@@ -153,6 +158,9 @@ class RedisEvents:
         while True:
             message = await connection.read_response(timeout=_SILENCE_S, disconnect_on_error=False)
             if message is not None:
+                # Only now: whoever is not let in finds that out from the first answer.
+                self._told.over()
+                self._backoff.succeeded()
                 self._deliver(*message[:3])
             elif asked:
                 raise UnavailableError("Redis does not answer")

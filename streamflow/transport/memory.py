@@ -19,6 +19,7 @@ from streamflow.gpus import least_used
 from streamflow.transport.base import (
     Admission,
     DeadLetter,
+    EndedJob,
     Entry,
     Heartbeat,
     ImageRef,
@@ -180,6 +181,11 @@ class MemoryTransport:
         touched = len(late) + (self._reap_unwatched(now_s) if now_s >= self._watch_grace_until_s else 0)
         self._state.release()
         return touched + self._reap_expired(now_s)
+
+    async def take_ended(self) -> list[EndedJob]:
+        ends = list(self._state.ends)
+        self._state.ends.clear()
+        return ends
 
     async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:
         return [letter for letter in reversed(self._state.dead) if letter.tenant == tenant][:count]

@@ -6,11 +6,11 @@ The same moves as `scripts/*.lua`, in the same words; here one event loop makes 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from streamflow.transport.base import DeadLetter, Entry, ImageRef, JobPlace, JobView, NewJob, Payload, Queue
+from streamflow.transport.base import DeadLetter, EndedJob, Entry, ImageRef, JobPlace, JobView, NewJob, Payload, Queue
 from streamflow.transport.estimates import Measured, Sums, class_of
 from streamflow.transport.policy import Policy
 from streamflow.types import Failure, JobState, Stage, WorkerInfo
@@ -18,6 +18,7 @@ from streamflow.types import Failure, JobState, Stage, WorkerInfo
 WAITING = "waiting"
 # Owners of what was handed back: after a failure, and for no fault of anybody's.
 NOBODY, UNTRIED = "nobody", "untried"
+_MAX_ENDS = 1000
 
 
 @dataclass(slots=True)
@@ -102,6 +103,7 @@ class State:
         self.dead: list[DeadLetter] = []
         self.measured = Measured(policy.memory)
         self.totals: Counter[str] = Counter()
+        self.ends: deque[EndedJob] = deque(maxlen=_MAX_ENDS)
         self.clocks: defaultdict[str, float] = defaultdict(float)
         self.paced: defaultdict[str, float] = defaultdict(float)
         # Which worker empties its hands for a last attempt, and until when it is believed.
@@ -216,6 +218,7 @@ class State:
             self.end_image(ImageRef(job.new.id, index), rest)
         job.state, job.failure, job.finished_at_s = state, failure, self.clock()
         self.totals[f"ended:{state}"] += 1
+        self.ends.append(EndedJob(job.new.id, state, job.finished_at_s - job.admitted_at_s))
         job.results_until_s = job.finished_at_s + self.policy.result_s
         self.wake(job.new.id)
         self.release()

@@ -15,7 +15,14 @@ import redis.asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import MasterDownError, NoScriptError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    InvalidResponse,
+    MasterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+)
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from streamflow.errors import BusyError, StreamFlowError, UnavailableError
@@ -31,6 +38,9 @@ CONNECTION_WAIT_S = 20.0
 # Answers of a Redis that is there but cannot take writes now: it loads its data, its disk is full, it is a replica,
 # or becomes one during a blocked read.
 _NOT_NOW = ("LOADING", "UNBLOCKED", "MISCONF", "READONLY", "MASTERDOWN", "CLUSTERDOWN", "NOREPLICAS", "TRYAGAIN")
+
+# Of a connection whose server and client no longer agree, or to which no user was let in: Redis hangs up after that.
+_BROKEN = "Protocol error"
 
 # Of a user without the right, outside of a script and inside of one (which Redis 7 puts into other words).
 _NOT_ALLOWED = ("NOPERM", "no permissions", "user executing the script")
@@ -92,13 +102,15 @@ def _translated() -> Iterator[None]:
         yield
     except StreamFlowError:
         raise  # UnavailableError is an OSError as well
-    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+    except (RedisConnectionError, RedisTimeoutError, InvalidResponse, OSError) as error:
         raise _away(f"Redis cannot be reached: {error}") from error
     except ResponseError as error:
         # Redis 6.2 hides the kind of an error inside a script in its text.
         if isinstance(error, OutOfMemoryError) or "-OOM" in str(error):
             message = "the store is full; try again when results have been delivered"
             raise BusyError(message, reason="full") from error
+        if str(error).startswith(_BROKEN):
+            raise _away(f"Redis broke the connection off: {error}") from error
         if isinstance(error, ReadOnlyError | MasterDownError) or any(word in str(error) for word in _NOT_NOW):
             raise _away(f"Redis cannot take writes now: {error}") from error
         if any(word in str(error) for word in _NOT_ALLOWED):

@@ -15,6 +15,7 @@ from streamflow.errors import AlreadyExistsError, BusyError, NotFoundError
 from streamflow.transport.base import (
     Admission,
     DeadLetter,
+    EndedJob,
     Entry,
     Heartbeat,
     ImageRef,
@@ -188,6 +189,12 @@ class RedisTransport:
     async def reap(self) -> int:
         touched: int = await self._calls.script("reap", _REAP_AT_ONCE)
         return touched
+
+    async def take_ended(self) -> list[EndedJob]:
+        found = [part.decode() for part in await self._calls.script("ended")]
+        return [
+            EndedJob(id_, JobState(state), float(took_s)) for id_, state, took_s in zip(*[iter(found)] * 3, strict=True)
+        ]
 
     async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:
         entries = await self._calls.command("XREVRANGE", self._keys.dead, "+", "-", "COUNT", self._policy.max_dead)

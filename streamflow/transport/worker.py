@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from math import inf
 
 from streamflow.errors import BusyError, DeadlineError, JobCancelledError, StreamFlowError, UnavailableError
+from streamflow.telemetry.logs import Told
 from streamflow.transport.backoff import Backoff
 from streamflow.transport.base import Entry, Transport
 from streamflow.transport.handling import (
@@ -114,6 +115,7 @@ class StageWorker:
         self._leave_at = inf
         self._lent = 0
         self._read_backoff, self._work_backoff = Backoff(), Backoff()
+        self._no_heartbeat = Told()
         self.counters = Counter(dict.fromkeys(_COUNTED, 0))
 
     def __repr__(self) -> str:
@@ -183,6 +185,7 @@ class StageWorker:
     # -- reading -----------------------------------------------------------------------------------------------------
 
     async def _read_until_drained(self, tasks: asyncio.TaskGroup) -> None:
+        told = Told()
         while not self.draining:
             # Cleared before the look, so that a change after it is not missed.
             self._changed.clear()
@@ -198,13 +201,15 @@ class StageWorker:
                     return
             except _TRANSIENT as error:
                 self._read_backoff.failed()
-                log.warning("%s: nothing can be read: %s", self._stage.service, error)
+                if told.is_news(error):
+                    log.warning("%s: nothing can be read: %s", self._stage.service, error)
             except Exception:
                 # What others wrote into the store must not end the stage.
                 self._read_backoff.failed()
                 log.exception("%s: what was read cannot be used", self._stage.service)
             else:
                 self._read_backoff.succeeded()
+                told.over()
                 for entry in entries:
                     self._start(tasks, entry)
 
@@ -296,7 +301,7 @@ class StageWorker:
 
         Returns False when it came too late.
         """
-        backoff = Backoff()
+        backoff, told = Backoff(), Told()
         if isinstance(outcome, _HandBack):
             # Else this worker would take it again at once, and what fails for a moment fails every attempt.
             self._work_backoff.failed()
@@ -304,7 +309,8 @@ class StageWorker:
             try:
                 return await self._store(entry, outcome)
             except _TRANSIENT as error:
-                log.warning("%s: the outcome of %s waits: %s", self._stage.service, entry.ref, error)
+                if told.is_news(error):
+                    log.warning("%s: the outcome of %s waits: %s", self._stage.service, entry.ref, error)
                 backoff.failed()
                 await asyncio.sleep(backoff.next_s())
 
@@ -362,8 +368,10 @@ class StageWorker:
             entries = [context.entry for context, _ in held.values()]
             beat = await self._transport.heartbeat(self._stage, self._worker_id, entries)
         except _TRANSIENT as error:
-            log.warning("%s: no heartbeat: %s", self._stage.service, error)
+            if self._no_heartbeat.is_news(error):
+                log.warning("%s: no heartbeat: %s", self._stage.service, error)
             return
+        self._no_heartbeat.over()
         for entry_id in beat.lost | beat.cancelled:
             # Not the task that took the same entry anew since the beat was sent.
             held[entry_id][1].cancel()
@@ -371,11 +379,15 @@ class StageWorker:
         self.counters["cancelled_total"] += len(beat.cancelled)
 
     async def _keep_registered(self) -> None:
+        told = Told()
         while True:
             try:
                 await self._transport.register(self.info(), lease_s=_MISSED * self._register_every_s)
             except _TRANSIENT as error:
-                log.warning("%s: not registered: %s", self._stage.service, error)
+                if told.is_news(error):
+                    log.warning("%s: not registered: %s", self._stage.service, error)
+            else:
+                told.over()
             await asyncio.sleep(self._register_every_s)
 
     async def _pause(self, seconds: float) -> None:

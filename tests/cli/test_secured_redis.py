@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,3 +233,50 @@ def test_users_that_stay_have_the_rights_of_this_version_and_those_of_others_are
     lines = file.read_text().splitlines()
     assert set(strangers) < set(lines)
     assert {line for line in now.splitlines() if " a-decoder " not in line} < set(lines)
+
+
+async def test_processes_live_while_their_passwords_are_away(secured: Secured) -> None:
+    settings = {**secured.settings(), "redis_password_file": secured.folder / "administrator.password"}
+    files = [secured.folder / f"default-{kind}.password" for kind in COMMANDS]
+    lines: list[tuple[str, str]] = []
+    async with (
+        LocalDeployment(
+            model=SHAPES,
+            redis_url=secured.server.url_of("administrator"),
+            settings=settings,
+            commands=secured.commands(),
+            grace_s=3.0,
+            on_line=lambda name, line: lines.append((name, line)),
+        ) as deployment,
+        AsyncClient(deployment.address) as client,
+    ):
+        assert (await client.generate(PROMPT, steps=3, seed=1)).images
+        pids = {name: process.pid for name, process in deployment.processes.items()}
+        # So that something is in everybody's hands.
+        calls = [asyncio.create_task(client.generate(PROMPT, steps=100, seed=seed, timeout_s=60)) for seed in range(4)]
+        while sum("admitted" in line for _, line in lines) < 5:  # noqa: ASYNC110 nothing tells when
+            await asyncio.sleep(0.05)
+        began = len(lines)
+        for text in ("", "wrong"):
+            passwords = [file.read_text() for file in files]
+            for file in files:
+                file.write_text(text) if text else file.unlink()
+            with secured.server.raw_client() as raw:
+                for _ in range(30):
+                    for file in files:
+                        raw.execute_command("CLIENT", "KILL", "USER", file.stem)
+                    await asyncio.sleep(0.1)
+            for file, password in zip(files, passwords, strict=True):
+                file.write_text(password)
+        assert all(result.images for result in await asyncio.gather(*calls))
+        assert {name: process.pid for name, process in deployment.processes.items()} == pids
+    for name in pids:
+        # Of a gateway without its calls, each of which has a line.
+        said = [line for who, line in lines[began:] if who == name and "a call cannot be answered" not in line]
+        for reason in ("a file that can be read", "invalid username-password pair"):
+            # One line of each loop that met it, however often.
+            told = Counter(
+                line.partition(reason)[0][13:] for line in said if reason in line and "a call cannot" not in line
+            )
+            assert set(told.values()) == {1}, said
+        assert not any("Traceback" in line for line in said), said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import logging
 
 import grpc
 import grpc.aio
@@ -290,6 +291,34 @@ async def test_a_job_that_nobody_watches_ends_and_a_detached_one_does_not(deploy
 
     await until(cancelled)
     assert (await gateway.stub.GetJob(job("kept"))).state < types_pb2.JOB_STATE_IMAGES
+
+
+async def test_the_log_says_once_how_each_job_ended(deploy, until, caplog):
+    caplog.set_level(logging.INFO)
+    deployment = deploy()
+    gateways = [await deployment.gateway(watch_lease_s=0.5) for _ in range(2)]
+    stub = gateways[0].stub
+    await stub.Submit(request(request_id="late"), timeout=0.6)
+    call = stub.Generate(request(request_id="left"))
+    await read_until(aiter(call), "accepted")
+    call.cancel()
+    await stub.Submit(request(request_id="cancelled"))
+    await stub.Cancel(cancel("cancelled"))
+
+    async def ended():
+        fields = [vars(record)["streamflow_fields"] for record in caplog.records if record.message == "ended"]
+        return fields if len(fields) >= 3 else None
+
+    await until(ended)
+    deployment.start_worker()
+    await read(stub.Generate(request(request_id="made")))
+
+    async def all_ended():
+        fields = await ended()
+        return fields if len(fields) >= 4 else None
+
+    states = sorted((fields["job"], fields["state"]) for fields in await until(all_ended))
+    assert states == [("cancelled", "cancelled"), ("late", "deadline"), ("left", "cancelled"), ("made", "images")]
 
 
 async def test_a_job_that_is_watched_outlives_its_lease(deploy, until):

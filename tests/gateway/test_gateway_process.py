@@ -17,10 +17,12 @@ import grpc.aio
 import psutil
 import pytest
 import redis.asyncio as redis
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from gateway.__main__ import main
-from streamflow.errors import UnavailableError
+from streamflow.client import AsyncClient
+from streamflow.errors import StreamFlowError, UnavailableError
 from streamflow.rpc.channels import Target, key_metadata, open_aio_channel
 from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc, types_pb2
@@ -154,7 +156,9 @@ async def test_what_decodes_pictures_dies_with_a_killed_gateway(run):
 
 async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
     async with run("--redis-url", f"redis://127.0.0.1:{unused_tcp_port}/0") as (process, channel):
-        await process.log("transport takes no work")
+        said = await process.log("transport takes no work")
+        assert said["level"] == "warning"
+        assert str(unused_tcp_port) in str(said["reason"])
         health = health_pb2_grpc.HealthStub(channel)
         expected = {"": health_pb2.HealthCheckResponse.SERVING, NAME: health_pb2.HealthCheckResponse.NOT_SERVING}
         for name, status in expected.items():
@@ -165,6 +169,30 @@ async def test_without_redis_it_lives_but_is_not_ready(run, unused_tcp_port):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await gateway_pb2_grpc.GatewayStub(channel).Submit(request, timeout=30)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_client_is_told_what_a_gateway_without_redis_says(run, unused_tcp_port):
+    async with run("--redis-url", f"redis://127.0.0.1:{unused_tcp_port}/0") as (process, _):
+        client = AsyncClient(str(process.lines[-1]["address"]))
+        with pytest.raises(StreamFlowError, match="the store cannot be used now"):
+            await client.generate("x", timeout_s=5)
+        await client.close()
+
+
+async def test_the_log_is_its_own_whatever_peers_do(run, tmp_path):
+    certificate = trustme.CA().issue_cert("localhost")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    tls = ("--tls-cert", tmp_path / "cert.pem", "--tls-key", tmp_path / "key.pem")
+    async with run("--drain-grace-s", "0.2", *tls) as (process, _):
+        host, _, port = str(process.lines[-1]["address"]).rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await reader.read()
+        writer.close()
+        process.process.send_signal(signal.SIGTERM)
+        # Which reads every line as JSON.
+        await process.log("stopped")
 
 
 async def test_it_ends_in_order_while_redis_hangs(run, checkpoint):

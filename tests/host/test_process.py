@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,38 @@ def test_a_background_task_that_ends_is_told_in_one_line(
     (record,) = caplog.records
     assert "cannot run" in record.getMessage()
     assert record.exc_info is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"redis_url": "redis://one@h:1/0", "redis_user": "another"}, "redis_user"),
+        ({"redis_password_file": "empty"}, "it is empty"),
+        ({"redis_url": "http://h:1"}, "redis_url"),
+        ({"traces": "file:nowhere/traces"}, "traces"),
+        ({"api_keys_file": "nowhere"}, "api_keys_file"),
+    ],
+)
+def test_settings_that_no_stage_can_use_are_told_before_the_model_is_loaded(
+    shapes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").touch()
+
+    def load(settings: StageSettings) -> Ending:
+        raise AssertionError("it was loaded")
+
+    service = replace(ending_service(shapes, UnavailableError("")), load=load)
+    with pytest.raises(SystemExit) as ended:
+        run_stage(service, StageSettings(model=shapes, **wrong))
+    assert ended.value.code == 1
+    [record] = [record for record in caplog.records if record.message == "cannot run"]
+    assert said in vars(record)["streamflow_fields"]["reason"]
 
 
 def test_a_bug_keeps_its_traceback(shapes: Path) -> None:

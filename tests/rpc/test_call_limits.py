@@ -186,3 +186,26 @@ async def test_a_call_without_a_request_is_the_callers_mistake(serve):
     async with serve() as (_, channel):
         call = channel.stream_unary(f"/{NAME}/GetJob")(iter(()))
         assert await status(call) == "INVALID_ARGUMENT"
+
+
+async def test_refusals_are_told_and_nobody_fills_the_log_with_them(serve, caplog):
+    async with serve(keys=api_keys(KEYS), max_calls=2) as (_, channel):
+        stub = gateway_pb2_grpc.GatewayStub(channel)
+        for number in range(50):
+            await status(stub.GetJob(gateway_pb2.GetJobRequest(), metadata=key_metadata(f"wrong-{number}")))
+            await status(channel.unary_unary(f"/evil/m{number}")(b""))
+        assert await status(stub.Status(types_pb2.StatusRequest(), metadata=ALICE)) == "PERMISSION_DENIED"
+        call = await started(channel, BOB)
+        assert isinstance(await refused(channel, BOB), BusyError)
+        call.cancel()
+    # The server has stopped, so all calls have been told of.
+    lines = [vars(record)["streamflow_fields"] for record in caplog.records if record.message == "refused"]
+    about = [(line["code"], line["method"], line["tenant"]) for line in lines]
+    assert 2 <= sum(code == "UNAUTHENTICATED" for code, _, _ in about) <= 20
+    assert ("UNAUTHENTICATED", "GetJob", "") in about
+    assert ("PERMISSION_DENIED", "Status", "alice") in about
+    [busy] = [line for line in lines if line["code"] == "RESOURCE_EXHAUSTED"]
+    assert (busy["method"], busy["tenant"]) == ("Generate", "bob")
+    assert "too many calls" in str(busy["reason"])
+    for secret in ("wrong-", "key-alice", "/evil"):
+        assert secret not in str(lines)

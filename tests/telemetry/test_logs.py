@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from streamflow.telemetry import Counters, configure_logging, fingerprint, get_logger
+from streamflow.telemetry import Counters, Sparing, Told, configure_logging, fingerprint, get_logger
 
 
 @pytest.fixture
@@ -74,3 +74,20 @@ def test_counters_count_from_any_thread():
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: counters.add("images_total", 2), range(2000)))
     assert counters.snapshot() == {"images_total": 4000}
+
+
+def test_what_goes_on_is_told_when_it_is_news():
+    told = Told()
+    assert not told.over()
+    said = [told.is_news(reason) for reason in ("away", "away", "wrong password", "wrong password")]
+    assert said == [True, False, True, False]
+    assert told.over()
+    assert told.is_news("wrong password")
+
+
+def test_only_so_many_lines_a_minute_and_how_many_were_left_out():
+    now = [0.0]
+    lines = Sparing(most=2, clock=lambda: now[0])
+    assert [lines.turn() for _ in range(5)] == [0, 0, None, None, None]
+    now[0] = 60.0
+    assert [lines.turn() for _ in range(3)] == [3, 0, None]

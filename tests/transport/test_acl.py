@@ -27,7 +27,7 @@ STAGES = {"read", "ended_jobs", "spec", "advance", "finish", "heartbeat", "hand_
 STAGES |= {"cancel", "backlog", "ping", "get_blob", "lease_gpu", "free_gpu"}
 METHODS = {
     "gateway": {"admit", "look", "job", "jobs", "result", "mark_delivered", "cancel", "renew_watch", "queue_position"}
-    | {"expected_s", "subscribe", "reap", "dead_letters", "remove_dead_letter", "get_blob", "workers"}
+    | {"expected_s", "subscribe", "reap", "take_ended", "dead_letters", "remove_dead_letter", "get_blob", "workers"}
     | {"backlog", "overview", "ping"},
     "encoder": STAGES | {"job", "put_blob", "get_cached", "put_cached"},
     "denoiser": STAGES | {"put_blob", "get_cached", "publish", "push_preview"},

@@ -47,6 +47,24 @@ async def test_cancel_ends_a_job_once_and_frees_its_place(transport):
     assert entry.ref == ImageRef("b", 0)
 
 
+async def test_every_end_is_told_once(transport, eventually):
+    for job_id in ("made", "failed", "cancelled"):
+        await transport.admit(new_job(job_id))
+    await run_through(transport)
+    [failing, _] = await take(transport, ENCODE, count=2)
+    assert await transport.finish(failing, Failure("INTERNAL", "the network gave NaN", "encoder"))
+    assert not await transport.finish(failing, b"again")
+    await transport.cancel("cancelled")
+    await transport.cancel("cancelled")
+    await transport.admit(new_job("late", timeout_s=0.1))
+    assert await eventually(transport.reap) == 1
+    ends = {job.id: job for job in await transport.take_ended()}
+    told = {job.id: job.state.value for job in ends.values()}
+    assert told == {"made": "images", "failed": "error", "cancelled": "cancelled", "late": "deadline"}
+    assert 0.1 <= ends["late"].took_s < 60
+    assert await transport.take_ended() == []
+
+
 async def test_unknown_jobs_are_not_found(transport):
     for call in (transport.job, transport.cancel, transport.spec, transport.queue_position):
         with pytest.raises(NotFoundError):

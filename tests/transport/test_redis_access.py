@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+import redis.asyncio
 import trustme
 
 from streamflow.config import Settings
@@ -15,6 +16,7 @@ from streamflow.transport.embedded import EmbeddedRedis
 from streamflow.transport.redis_access import RedisAccess
 from streamflow.transport.redis_client import connect
 from streamflow.transport.redis_streams import RedisTransport
+from tests.transport.worlds import redis_binary
 
 SECRET = "correct-horse"
 
@@ -86,6 +88,20 @@ async def test_a_password_file_that_is_away_for_a_moment_is_as_if_redis_were(tmp
         assert "password" not in caught.value.for_clients
         path.write_text(secret)
         await transport.ping()
+        await transport.close()
+
+
+async def test_whoever_is_not_let_in_is_told_that_redis_is_away():
+    # Redis 7 breaks off a script's call, which is long for one who has not said who he is.
+    with EmbeddedRedis(binary=redis_binary("7")) as server:
+        # Without the PING that ours begins with, and that would be refused first.
+        address = server.url.rpartition("@")[2]
+        transport = RedisTransport(redis.asyncio.Redis.from_url(f"redis://{address}", protocol=2))
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="multibulk"):
+                await transport.reap()
+            with pytest.raises(UnavailableError):
+                await transport.workers()
         await transport.close()
 
 

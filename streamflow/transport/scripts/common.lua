@@ -8,6 +8,7 @@ local C = cjson.decode(ARGV[1])
 local GROUP = 'workers'
 -- Of what was handed back: after a failure, and for no fault of anybody's.
 local NOBODY, UNTRIED = 'nobody', 'untried'
+local ENDS, MAX_ENDS_BYTES = 'ends', 2 ^ 18
 
 local time = redis.call('TIME')
 local NOW = time[1] + time[2] / 1e6
@@ -288,6 +289,14 @@ local function free_result(ref)
   redis.call('ZREM', RESULTS, ref)
 end
 
+-- Notes an end for whichever gateway asks next. Where none has asked for long, what cannot be noted is not told.
+local function note_end(id, state)
+  local ends = redis.call('HGET', META, ENDS) or ''
+  if #ends > MAX_ENDS_BYTES then return end
+  local took_s = NOW - (redis.call('HGET', job_key(id), 'admitted') or NOW)
+  redis.call('HSET', META, ENDS, string.format('%s%s %s %.3f\n', ends, id, state, took_s))
+end
+
 -- Makes a job terminal: what is left of it becomes `rest`, results get their expiry.
 local function end_job(id, state, rest, failure)
   local key = job_key(id)
@@ -303,6 +312,7 @@ local function end_job(id, state, rest, failure)
   if in_work then redis.call('PUBLISH', C.prefix .. 'ended_jobs', id) end
   redis.call('HSET', key, 'state', state, 'finished', seconds(NOW))
   tally('ended:' .. state)
+  note_end(id, state)
   if failure then
     redis.call('HSET', key, 'code', failure[1], 'message', failure[2], 'stage', failure[3])
   end
