@@ -190,6 +190,8 @@ async def test_the_log_is_its_own_whatever_peers_do(run, tmp_path):
         writer.write(b"GET / HTTP/1.1\r\n\r\n")
         await reader.read()
         writer.close()
+        # By then it has taken over what SIGTERM does.
+        await process.log("transport takes no work")
         process.process.send_signal(signal.SIGTERM)
         # Which reads every line as JSON.
         await process.log("stopped")
