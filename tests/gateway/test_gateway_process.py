@@ -191,7 +191,7 @@ async def test_the_log_is_its_own_whatever_peers_do(run, tmp_path):
         await reader.read()
         writer.close()
         # By then it has taken over what SIGTERM does.
-        await process.log("transport takes no work")
+        await process.log("transport takes work")
         process.process.send_signal(signal.SIGTERM)
         # Which reads every line as JSON.
         await process.log("stopped")
