@@ -97,7 +97,11 @@ async def client(composition: Composition, podman: Podman) -> AsyncIterator[Asyn
                 return False
             return model.live
 
-        await eventually(live, timeout_s=READY_S)
+        try:
+            await eventually(live, timeout_s=READY_S)
+        except TimeoutError:
+            show_logs(composition)
+            raise
         yield client
 
 
@@ -149,6 +153,9 @@ async def test_images_hold_what_their_service_needs(podman: Podman, images: dict
         command = ["podman", "run", "--rm", "--network", "none", "--entrypoint", "/venv/bin/python", image(name)]
         return subprocess.run([*command, "-c", code], env=podman.environment, capture_output=True).returncode == 0
 
+    for name in BUILT:
+        # Which imports all that it stands on.
+        podman("run", "--rm", "--network", "none", image(name), "--help")
     for module in ("torch", "diffusers", "transformers", "typer", "pip", "services"):
         assert not there("gateway", module), module
     for module in ("torch", "diffusers", "transformers", "onnxruntime"):
