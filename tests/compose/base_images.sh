@@ -8,10 +8,10 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
 if ! podman image exists "$python_image"; then
-    # The mirror that apt is set up with.
+    # The mirror that apt is set up with, or else debootstrap's own.
     mirror=$(apt-get indextargets --format '$(SITE)' 'Codename: bookworm' | head -n 1)
     debootstrap --variant=minbase --include=python3,python3-pip,python3-venv,ca-certificates \
-        bookworm "$folder/root" "${mirror:-http://deb.debian.org/debian}"
+        bookworm "$folder/root" ${mirror:+"$mirror"}
     rm -rf "$folder"/root/var/cache/apt/archives/*.deb "$folder"/root/var/lib/apt/lists/*
     tar -C "$folder/root" -c . | podman import - "$python_image"
 fi
