@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -106,6 +107,17 @@ class Secured:
             found[kind] = ("/usr/bin/env", *settings, sys.executable, *command)
         return found
 
+    def deployment(self, **options: Any) -> LocalDeployment:
+        """All of it; options are further ones of LocalDeployment."""
+        return LocalDeployment(
+            model=SHAPES,
+            redis_url=self.server.url_of("administrator"),
+            settings={**self.settings(), "redis_password_file": self.folder / "administrator.password"},
+            commands=self.commands(),
+            grace_s=3.0,
+            **options,
+        )
+
     def denied(self) -> list[object]:
         with self.server.raw_client() as raw:
             return [(one["username"], one["reason"], one["object"]) for one in raw.acl_log()]
@@ -130,15 +142,8 @@ def secured(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Secured]
 
 
 async def test_a_deployment_makes_pictures_and_is_refused_nothing(secured: Secured) -> None:
-    settings = {**secured.settings(), "redis_password_file": secured.folder / "administrator.password"}
     async with (
-        LocalDeployment(
-            model=SHAPES,
-            redis_url=secured.server.url_of("administrator"),
-            settings=settings,
-            commands=secured.commands(),
-            grace_s=3.0,
-        ) as deployment,
+        secured.deployment() as deployment,
         AsyncClient(deployment.address) as client,
     ):
         results = await asyncio.gather(*(client.generate(PROMPT, steps=3, seed=seed) for seed in range(4)))
@@ -236,18 +241,10 @@ def test_users_that_stay_have_the_rights_of_this_version_and_those_of_others_are
 
 
 async def test_processes_live_while_their_passwords_are_away(secured: Secured) -> None:
-    settings = {**secured.settings(), "redis_password_file": secured.folder / "administrator.password"}
     files = [secured.folder / f"default-{kind}.password" for kind in COMMANDS]
     lines: list[tuple[str, str]] = []
     async with (
-        LocalDeployment(
-            model=SHAPES,
-            redis_url=secured.server.url_of("administrator"),
-            settings=settings,
-            commands=secured.commands(),
-            grace_s=3.0,
-            on_line=lambda name, line: lines.append((name, line)),
-        ) as deployment,
+        secured.deployment(on_line=lambda name, line: lines.append((name, line))) as deployment,
         AsyncClient(deployment.address) as client,
     ):
         assert (await client.generate(PROMPT, steps=3, seed=1)).images
