@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,7 +14,6 @@ from gateway import admission
 from gateway.budget import check_budget, choices, choose
 from gateway.decoding import Decode, InThread
 from gateway.story import Story
-from gateway.upkeep import set_within
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.rpc.auth import Caller
@@ -281,7 +280,7 @@ class Pipeline:
             except UnavailableError as error:
                 # The follower meets the same and tells the client.
                 _log.warning("watch lease not renewed", job=key.job_id, reason=str(error))
-            await set_within(left, self._settings.watch_lease_s / 3)
+            await _set_within(left, self._settings.watch_lease_s / 3)
 
     async def follow(self, key: JobKey, *, attached: bool) -> AsyncGenerator[gateway_pb2.GenerateEvent, None]:
         """Accepted, then what is and what comes, then Done. Whoever has passed it all on says so: `delivered`.
@@ -347,3 +346,11 @@ class Pipeline:
 
 def no_letter(letter_id: str) -> NotFoundError:
     return NotFoundError(f"no dead letter {letter_id!r}; `streamflow dead list` shows what there is")
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    """Waits for an event, so long at most; whether it came."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 
 from streamflow.errors import BusyError, UnavailableError
 from streamflow.rpc.server import RpcServer
@@ -48,11 +47,3 @@ async def _reap(transport: Transport, fullness: Told) -> str:
         # One thing that cannot be cleared must not end the gateway, and with it all others.
         _log.error("what has expired cannot be cleared", error=error)
     return ""
-
-
-async def set_within(event: asyncio.Event, seconds: float) -> bool:
-    """Waits for an event, so long at most; whether it came."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    return event.is_set()
