@@ -63,7 +63,6 @@ app.add_typer(dead.app, name="dead")
 app.add_typer(engine.app, name="engine")
 app.add_typer(keys.app, name="keys")
 app.command("redis-acl")(redis_acl.redis_acl)
-app.command("redis-acl")(redis_acl.redis_acl)
 
 
 def _print_version(asked: bool) -> None:

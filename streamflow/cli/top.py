@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import logging
 import sys
 import time
 from collections import Counter, deque
@@ -16,19 +17,22 @@ import typer
 
 from streamflow.cli.connection import Address, ApiKey, Tls, TlsCa, connect
 from streamflow.cli.tables import duration
+from streamflow.errors import BusyError, DeadlineError, UnavailableError
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
     from rich.text import Text
 
-    from streamflow.client import Queue, StageStatus, Status
+    from streamflow.client import Client, Queue, StageStatus, Status
 
 _PLACES = ("waiting", "encode", "denoise", "decode")
 _PRIORITIES = {-1: " low", 0: "", 1: " high"}
 _BAR = 12
 _BLOCKS, _ASCII = ("\u2588", "\u2591"), ("#", ".")
 _RATE_OVER_S = 10.0
+# A gateway answers in milliseconds; one that is started again is found soon after.
+_ANSWER_S = 2.0
 # On fewer columns there are numbers without bars; then ids are shorter too, and what a replica runs on is not told.
 _BARS_FROM, _NAMES_FROM = 96, 80
 # The heads of the tables, and a line for what was left out.
@@ -48,8 +52,9 @@ def top(
     """Watch a deployment at work: its queues, its replicas, and what every slot of the running batch is at.
 
     Each line of the lower table is an image in a denoiser: how far it is, and the timestep that the network was fed
-    last. They differ from slot to slot; that is what the running batch is for. Ctrl-C leaves. Into a file or a pipe it
-    writes one look below the other.
+    last. They differ from slot to slot; that is what the running batch is for. Ctrl-C leaves. While no gateway answers,
+    the last look stays and says how old it is. Into a file or a pipe it writes one look below the other, and ends when
+    there is no answer.
 
     \b
     Examples:
@@ -71,10 +76,15 @@ def top(
         looks.append(Look(client.status(), time.monotonic()))
         # A terminal shows frame after frame in one place.
         live = Live(console=console, auto_refresh=False, screen=not frames) if console.is_terminal else None
+        if live is not None:
+            # What the client tells of a gateway that does not answer is part of the frame.
+            logging.getLogger("streamflow.client").setLevel(logging.ERROR)
+        trouble = ""
         with live or nullcontext():
             try:
                 for number in itertools.count(1):
-                    shown = frame(looks[-1], looks[0], width=console.width, lines=console.height, plain=plain)
+                    width, lines = console.size
+                    shown = frame(looks[-1], looks[0], trouble, width=width, lines=lines, plain=plain)
                     if live is None:
                         console.print(shown)
                     else:
@@ -82,9 +92,21 @@ def top(
                     if number == frames:
                         return
                     time.sleep(interval)
-                    looks.append(Look(client.status(), time.monotonic()))
+                    if live is None:
+                        looks.append(Look(client.status(), time.monotonic()))
+                    else:
+                        trouble = _look_again(client, looks)
             except KeyboardInterrupt:
                 return
+
+
+def _look_again(client: Client, looks: deque[Look]) -> str:
+    """Why there is no new look; empty where there is one."""
+    try:
+        looks.append(Look(client.status(timeout_s=_ANSWER_S), time.monotonic()))
+    except (UnavailableError, DeadlineError, BusyError) as error:
+        return f"as it was {time.monotonic() - looks[-1].at_s:.0f} s ago: {error}"
+    return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,23 +117,30 @@ class Look:
     at_s: float
 
 
-def frame(now: Look, before: Look, *, width: int, lines: int, plain: bool = False) -> Group:
+def frame(now: Look, before: Look, trouble: str = "", *, width: int, lines: int, plain: bool = False) -> Group:
     """What is shown of a deployment.
 
     Args:
         before: an earlier look, for rates.
+        trouble: why there is no newer look.
         width, lines: of the terminal.
         plain: the terminal shows ASCII alone.
     """
     from rich.console import Group
 
-    title, queues = _title(now, before), _queues(now.status.queues)
-    around = _AROUND + sum(1 + len(text) // max(1, width - _WORD) for text in (title, queues))
+    heads = [_title(now, before), *([_trouble(trouble)] if trouble else []), _queues(now.status.queues)]
+    around = _AROUND + sum(1 + len(text) // max(1, width - _WORD) for text in heads)
     room = max(3, lines - around - len(now.status.stages) - len(now.status.missing))
     bar = None if width < _BARS_FROM else _ASCII if plain else _BLOCKS
     wide = width >= _NAMES_FROM
     replicas = _replicas(now, before, bar=bar, wide=wide)
-    return Group(title, queues, replicas, _slots(now.status, room=room, bar=bar, wide=wide))
+    return Group(*heads, replicas, _slots(now.status, room=room, bar=bar, wide=wide))
+
+
+def _trouble(said: str) -> Text:
+    from rich.text import Text
+
+    return Text(said, style="bold red")
 
 
 def _title(now: Look, before: Look) -> Text:

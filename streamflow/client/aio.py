@@ -147,9 +147,9 @@ class AsyncClient(BaseClient):
         answer = await self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest())
         return [Model.from_pb(model) for model in answer.models]
 
-    async def status(self) -> Status:
+    async def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> Status:
         """The stages behind the gateway."""
-        return Status.from_pb(await self._call(self._stub.Status, types_pb2.StatusRequest()))
+        return Status.from_pb(await self._call(self._stub.Status, types_pb2.StatusRequest(), timeout_s=timeout_s))
 
     async def _call(
         self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S, within_s: float = inf

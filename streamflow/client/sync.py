@@ -139,9 +139,9 @@ class Client(BaseClient):
         answer = self._call(self._stub.ListModels, gateway_pb2.ListModelsRequest())
         return [Model.from_pb(model) for model in answer.models]
 
-    def status(self) -> Status:
+    def status(self, *, timeout_s: float = CALL_TIMEOUT_S) -> Status:
         """The stages behind the gateway."""
-        return Status.from_pb(self._call(self._stub.Status, types_pb2.StatusRequest()))
+        return Status.from_pb(self._call(self._stub.Status, types_pb2.StatusRequest(), timeout_s=timeout_s))
 
     def _call(self, method: Any, request: Any, *, timeout_s: float = CALL_TIMEOUT_S, within_s: float = inf) -> Any:
         retry = self._retry(timeout_s)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -118,6 +121,44 @@ def test_without_a_terminal_every_look_is_written_at_once() -> None:
             while looks < 3:
                 looks += process.stdout.readline().startswith("StreamFlow ")
             process.terminate()
+
+
+def test_a_gateway_that_is_away_for_a_moment_does_not_end_it() -> None:
+    command = [sys.executable, "-m", "streamflow.cli", "top", "--interval", "0.2"]
+    terminal, of_process = os.openpty()
+    with Deployment() as deployment, open(terminal, "rb", buffering=0) as screen:
+        environment = {
+            **os.environ,
+            "STREAMFLOW_ADDRESS": deployment.address,
+            "TERM": "xterm",
+            "COLUMNS": "120",
+            "LINES": "40",
+        }
+        frames = screen_frames(screen)
+        with subprocess.Popen(command, env=environment, stdin=of_process, stdout=of_process) as process:
+            os.close(of_process)
+            try:
+                assert "as it was" not in next(frames)
+                deployment.kill_gateway()
+                stale = next(frame for frame in frames if "as it was" in frame)
+                assert f"{deployment.address}: the connection was lost" in stale
+                assert "denoiser" in stale
+                deployment.start_gateway()
+                assert "denoiser" in next(frame for frame in frames if "as it was" not in frame)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(20) == 0
+            finally:
+                process.kill()
+
+
+def screen_frames(screen: io.RawIOBase) -> Iterator[str]:
+    """What is drawn on a terminal, from one title to the next."""
+    text = ""
+    while True:
+        text += screen.read(65536).decode("utf-8", "replace")
+        # Attributes of characters.
+        *whole, text = re.split("(?=StreamFlow )", re.sub("\x1b\\[[0-9;]*m", "", text))
+        yield from (frame for frame in whole if frame.startswith("StreamFlow"))
 
 
 def test_what_looks_like_markup_is_told_as_it_is() -> None:
