@@ -14,7 +14,7 @@ from functools import partial
 
 import grpc
 
-from gateway.decoding import Decode, ImageDecoder
+from gateway.decoding import Decoder, ImageDecoder
 from gateway.models import Models, Served
 from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
@@ -55,8 +55,7 @@ async def serve(settings: GatewaySettings) -> None:
         with serving(metrics, host=settings.host, port=settings.metrics_port):
             async with decoder, keys, server, asyncio.TaskGroup() as tasks:
                 tasks.create_task(decoder.warm_up(), name="warm up decoders")
-                transports = [each.transport for each in models]
-                upkeep = keep_up(transports, server, every_s=settings.reap_interval_s)
+                upkeep = keep_up(models, server, every_s=settings.reap_interval_s)
                 endless = [tasks.create_task(upkeep, name="upkeep")]
                 endless += [tasks.create_task(watch.keep_looking(models), name="metrics")]
                 await server.run_until_stopped()
@@ -68,7 +67,7 @@ async def serve(settings: GatewaySettings) -> None:
         tracing.close()
 
 
-def _models(settings: GatewaySettings, counters: Counters, decode: Decode, watch: GatewayWatch) -> Models:
+def _models(settings: GatewaySettings, counters: Counters, decoder: Decoder, watch: GatewayWatch) -> Models:
     """All that are served. Limits are of each, as everything is that a deployment counts."""
     limits = Limits(
         max_jobs=settings.max_jobs,
@@ -83,7 +82,7 @@ def _models(settings: GatewaySettings, counters: Counters, decode: Decode, watch
         transport = RedisTransport.of(own, revision=card.revision, limits=limits)
         on_ended = partial(watch.ended, card.name)
         served.append(
-            Served.over(transport, card=card, settings=own, counters=counters, decode=decode, on_ended=on_ended)
+            Served.over(transport, card=card, settings=own, counters=counters, decoder=decoder, on_ended=on_ended)
         )
     return Models(served)
 

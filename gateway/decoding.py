@@ -1,7 +1,7 @@
 """Pictures of clients, decoded away from the gateway: a file that breaks a decoder costs its own request.
 
-async with ImageDecoder(max_pixels=4_000_000) as decode:
-    images = await decode(request, width=512, height=512)
+async with ImageDecoder(max_pixels=4_000_000) as decoder, decoder.turn(request) as prepare:
+    images = await prepare(width=512, height=512)
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -26,7 +27,7 @@ from streamflow.v1 import types_pb2
 # Decoding takes tens of megabytes at a time.
 DECODERS_AT_ONCE = 2
 
-# Of pictures as they came, while they are decoded or wait for it.
+# Of pictures as they came, while they wait for their turn or have it.
 WAITING_BYTES = 128 * 2**20
 
 # What a process may answer with, whatever became of it.
@@ -41,13 +42,23 @@ _LEAST_BYTES, _BYTES_A_PIXEL = 192 * 2**20, 32
 _log = get_logger(__name__)
 
 
-class Decode(Protocol):
+class Prepare(Protocol):
     """Decodes the images of a request; answers by the fields of a JobSpec that refer to them."""
 
-    def __call__(
-        self, request: types_pb2.GenerateRequest, *, width: int, height: int, tenant: str = ""
-    ) -> Awaitable[Mapping[str, bytes]]:
-        """Raises InvalidRequestError: see `streamflow.pictures.load_source`; BusyError: too much waits already."""
+    async def __call__(self, *, width: int, height: int) -> Mapping[str, bytes]:
+        """Raises InvalidRequestError: see `streamflow.pictures.load_source`."""
+        ...
+
+
+class Decoder(Protocol):
+    """Decodes pictures, of a few requests at a time."""
+
+    def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AbstractAsyncContextManager[Prepare]:
+        """Entered when it is the request's turn, which others wait for until it is left.
+
+        Raises:
+            BusyError: too much waits already.
+        """
         ...
 
 
@@ -57,13 +68,17 @@ class InThread:
     def __init__(self, *, max_pixels: int) -> None:
         self._max_pixels, self._at_once = max_pixels, asyncio.Semaphore(DECODERS_AT_ONCE)
 
-    async def __call__(
-        self, request: types_pb2.GenerateRequest, *, width: int, height: int, tenant: str = ""
-    ) -> Mapping[str, bytes]:
-        async with self._at_once:
+    @asynccontextmanager
+    async def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AsyncIterator[Prepare]:
+        """See Decoder."""
+
+        async def prepare(*, width: int, height: int) -> Mapping[str, bytes]:
             return await asyncio.to_thread(
                 prepare_all, request, width=width, height=height, max_pixels=self._max_pixels
             )
+
+        async with self._at_once:
+            yield prepare
 
 
 class ImageDecoder:
@@ -76,7 +91,7 @@ class ImageDecoder:
         max_pixels: of a picture.
         children: processes.
         timeout_s, cpu_s: what the pictures of one request may take.
-        waiting_bytes: of pictures that are decoded or wait for it; a tenant that has a key gets half.
+        waiting_bytes: of pictures that wait for their turn or have it; a tenant that has a key gets half.
         command: what runs a child.
     """
 
@@ -111,35 +126,31 @@ class ImageDecoder:
         """Starts what is idle, so that no request waits for it."""
         await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
 
-    async def __call__(
-        self, request: types_pb2.GenerateRequest, *, width: int, height: int, tenant: str = ""
-    ) -> Mapping[str, bytes]:
-        """See Decode.
-
-        Raises:
-            UnavailableError: no process can be started.
-        """
+    @asynccontextmanager
+    async def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AsyncIterator[Prepare]:
+        """See Decoder; to prepare raises UnavailableError where no process can be started."""
         images = {"init": request.init_image, "mask": request.mask_image, "control": request.control.image}
-        size = {"width": width, "height": height, "max_pixels": self._max_pixels}
         with self._waiting.place(tenant, sum(map(len, images.values()))):
-            about, found = await self._ask_one(size, images)
-        if "refused" in about:
-            raise from_status("INVALID_ARGUMENT", str(about["refused"]), dict(about.get("parts") or {}))
-        return found
+            child = await self._idle.get()
+            try:
+                yield partial(self._prepare, child, images)
+            finally:
+                self._idle.put_nowait(child)
 
-    async def _ask_one(
-        self, size: Mapping[str, int], images: Mapping[str, bytes]
-    ) -> tuple[dict[str, Any], dict[str, bytes]]:
-        child = await self._idle.get()
+    async def _prepare(
+        self, child: _Child, images: Mapping[str, bytes], *, width: int, height: int
+    ) -> Mapping[str, bytes]:
+        size = {"width": width, "height": height, "max_pixels": self._max_pixels}
         try:
-            return await self._ask(child, frames.pack(size, images))
+            about, found = await self._ask(child, frames.pack(size, images))
         except (TimeoutError, EOFError, OSError, ValueError) as error:
             if isinstance(error, UnavailableError):
                 raise
             _log.warning("a process that decodes pictures was lost to one", reason=type(error).__name__)
             raise _too_much(images) from error
-        finally:
-            self._idle.put_nowait(child)
+        if "refused" in about:
+            raise from_status("INVALID_ARGUMENT", str(about["refused"]), dict(about.get("parts") or {}))
+        return found
 
     async def _ask(self, child: _Child, frame: bytes) -> tuple[dict[str, Any], dict[str, bytes]]:
         go_on = False
@@ -160,7 +171,7 @@ class ImageDecoder:
 
 
 class _Waiting:
-    """Counts what is held for decoding."""
+    """Counts what is held until it is decoded and handed on."""
 
     def __init__(self, most: int) -> None:
         self._most = most

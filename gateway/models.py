@@ -12,7 +12,7 @@ from heapq import merge
 from itertools import islice
 from typing import Self
 
-from gateway.decoding import Decode
+from gateway.decoding import Decoder
 from gateway.pipeline import JobKey, Pipeline, no_letter
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, InvalidRequestError, NotFoundError, UnavailableError
@@ -43,12 +43,12 @@ class Served:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
-        decode: Decode | None = None,
+        decoder: Decoder | None = None,
         on_ended: Callable[[JobView], None] | None = None,
     ) -> Self:
         """Arguments are those of Pipeline."""
         pipeline = Pipeline(
-            transport, card=card, settings=settings, counters=counters, decode=decode, on_ended=on_ended
+            transport, card=card, settings=settings, counters=counters, decoder=decoder, on_ended=on_ended
         )
         return cls(card, transport, pipeline)
 

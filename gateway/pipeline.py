@@ -8,18 +8,17 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 
 from gateway import admission
 from gateway.budget import check_budget, choices, choose
-from gateway.decoding import Decode, InThread
+from gateway.decoding import Decoder, InThread
 from gateway.story import Story
 from streamflow.config import GatewaySettings
 from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
 from streamflow.rpc.auth import Caller
 from streamflow.rpc.convert import texts_from_pb
 from streamflow.telemetry import Counters, fingerprint, get_logger
-from streamflow.transport.base import DeadLetter, ImageRef, JobView, NewJob, Transport, blob_name
+from streamflow.transport.base import Admission, DeadLetter, ImageRef, JobView, NewJob, Transport, blob_name
 from streamflow.transport.policy import HEADROOM
 from streamflow.types import NO_QUOTA, ModelCard, Quota
 from streamflow.v1 import gateway_pb2, types_pb2
@@ -59,7 +58,7 @@ class Pipeline:
         card: the model that is served.
         settings: limits and times.
         counters: counts requests and images for the status.
-        decode: reads the images of requests; pipelines of one process share it. None = in a thread of this one.
+        decoder: reads the images of requests; pipelines of one process share it. None = in a thread of this one.
         on_ended: told of each job that ended while the call that admitted it was there.
         clock: seconds, monotonic.
     """
@@ -71,7 +70,7 @@ class Pipeline:
         card: ModelCard,
         settings: GatewaySettings,
         counters: Counters,
-        decode: Decode | None = None,
+        decoder: Decoder | None = None,
         on_ended: Callable[[JobView], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -81,7 +80,7 @@ class Pipeline:
         self._counters = counters
         self._clock = clock
         self._on_ended = on_ended
-        self._decode = decode or InThread(max_pixels=settings.max_image_pixels)
+        self._decoder = decoder or InThread(max_pixels=settings.max_image_pixels)
         self._stopping = False
         for reason in _REFUSED_FOR:
             counters.add(f"busy_{reason}_total", 0)
@@ -132,7 +131,8 @@ class Pipeline:
         new = self._new_job(key, spec, digest=digest, timeout_s=timeout_s, detach=detach, quota=caller.quota)
         new = replace(new, traceparent=traceparent)
         with_images = request.init_image or request.control.image
-        attached = await self._admit(new, key, partial(self._with_images, request, spec) if with_images else None)
+        admitted = self._admit_with_images(request, spec, new) if with_images else self._transport.admit(new)
+        attached = await self._admit(key, admitted)
         texts = "\n".join(texts_from_pb(request))
         prompts = texts if self._settings.log_prompts else fingerprint(texts)
         _log.info("admitted", job=new.id, model=filled.model, attached=attached, images=new.num_images, prompts=prompts)
@@ -168,7 +168,7 @@ class Pipeline:
         spec.request.request_id = key.request_id
         timeout_s = self._settings.default_timeout_s
         new = self._new_job(key, spec, digest=letter_id, timeout_s=timeout_s, detach=True, quota=quota)
-        await self._admit(replace(new, blobs=blobs), key)
+        await self._admit(key, self._transport.admit(replace(new, blobs=blobs)))
         await self._transport.remove_dead_letter(letter_id)
 
     async def _was_retried(self, key: JobKey, letter_id: str) -> None:
@@ -196,18 +196,10 @@ class Pipeline:
             quota=quota,
         )
 
-    async def _admit(
-        self, new: NewJob, key: JobKey, prepare: Callable[[NewJob], Awaitable[NewJob]] | None = None
-    ) -> bool:
-        """True when the same job was there already.
-
-        Args:
-            prepare: what is worth doing only for a job that will be admitted.
-        """
+    async def _admit(self, key: JobKey, admitted: Awaitable[Admission]) -> bool:
+        """True when the same job was there already."""
         try:
-            admission = None if prepare is None else await self._transport.look(new)
-            if admission is None:
-                admission = await self._transport.admit(new if prepare is None else await prepare(new))
+            attached = (await admitted).attached
         except AlreadyExistsError as error:
             given = f"a different request has the id {key.request_id!r}"
             raise AlreadyExistsError(
@@ -217,8 +209,8 @@ class Pipeline:
             self._counters.add("busy_total")
             self._counters.add(f"busy_{error.reason if error.reason in _REFUSED_FOR else 'other'}_total")
             raise
-        self._counters.add("attached_total" if admission.attached else "admitted_total")
-        return admission.attached
+        self._counters.add("attached_total" if attached else "admitted_total")
+        return attached
 
     async def _within_budget(self, request: types_pb2.GenerateRequest, quota: Quota) -> types_pb2.GenerateRequest:
         """The request itself, or with what was chosen for its time budget."""
@@ -236,13 +228,22 @@ class Pipeline:
         chosen, decoder = choose([*runnable], expected_s, budget_s=budget_s, card=self._card)
         return chosen.apply(request, decoder)
 
-    async def _with_images(self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec, new: NewJob) -> NewJob:
-        """The job with the request's images, which are stored when it is admitted: those of a refused one never are."""
-        prepared = await self._decode(request, width=spec.request.width, height=spec.request.height, tenant=spec.tenant)
-        blobs = {blob_name(data): data for data in prepared.values()}
-        for field, data in prepared.items():
-            setattr(spec, field, blob_name(data))
-        return replace(new, spec=spec.SerializeToString(), blobs=blobs)
+    async def _admit_with_images(
+        self, request: types_pb2.GenerateRequest, spec: types_pb2.JobSpec, new: NewJob
+    ) -> Admission:
+        """Admits a job whose images are stored with it. Those of one that is refused are not decoded either.
+
+        All of it is one turn: whatever Redis is at, no more pictures than wait for a turn are in memory.
+        """
+        async with self._decoder.turn(request, tenant=spec.tenant) as prepare:
+            known = await self._transport.look(new)
+            if known is not None:
+                return known
+            prepared = await prepare(width=spec.request.width, height=spec.request.height)
+            for field, data in prepared.items():
+                setattr(spec, field, blob_name(data))
+            blobs = {blob_name(data): data for data in prepared.values()}
+            return await self._transport.admit(replace(new, spec=spec.SerializeToString(), blobs=blobs))
 
     async def job(self, key: JobKey) -> JobView:
         """Raises NotFoundError, in the words of the client's id."""

@@ -87,6 +87,9 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         async with rpc_errors(context):
             with self._traced("Generate", context) as call:
                 pipeline, key, attached = await self._submit(request, context, call)
+                # What it brought is in the store, and the call may be open for as long as its job runs. Clearing its
+                # fields would free nothing: a message's memory is one piece.
+                del request
                 await _stream(pipeline, key, context, attached=attached)
 
     async def GenerateImages(
@@ -95,6 +98,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
         async with rpc_errors(context):
             with self._traced("GenerateImages", context) as call:
                 pipeline, key, attached = await self._submit(request, context, call)
+                del request  # as in Generate
                 collected = Collected(key.request_id)
                 async with pipeline.watched(key), aclosing(pipeline.follow(key, attached=attached)) as events:
                     async for event in events:
@@ -186,7 +190,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
             detach=detach or request.detach,
             traceparent=call.traceparent,
         )
-        _drop_images(request)
         call.about({"streamflow.job": key.job_id, "streamflow.attached": attached})
         # Headers tell the client that the request is admitted: from here on it watches instead of sending again.
         await context.send_initial_metadata(((REQUEST_ID_KEY, key.request_id),))
@@ -205,13 +208,6 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServicer):
 
     def _caller(self, context: Context) -> Caller:
         return self._keys.caller(context.invocation_metadata())
-
-
-def _drop_images(request: types_pb2.GenerateRequest) -> None:
-    """They are in the store, and the call may be open for as long as its job runs."""
-    request.ClearField("init_image")
-    request.ClearField("mask_image")
-    request.control.ClearField("image")
 
 
 async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached: bool) -> None:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 
+from gateway.models import Models, Served
 from streamflow.errors import BusyError, UnavailableError
 from streamflow.rpc.server import RpcServer
 from streamflow.telemetry import Told, get_logger
-from streamflow.transport.base import Transport
 
 _log = get_logger(__name__)
 
 
-async def keep_up(transports: Sequence[Transport], server: RpcServer, *, every_s: float) -> None:
+async def keep_up(models: Models, server: RpcServer, *, every_s: float) -> None:
     """Reaps, and turns readiness with the transports, until it is cancelled. They are over one Redis."""
-    fullness = [Told() for _ in transports]
+    fullness = [Told() for _ in models]
     said: str | None = None
     while True:
-        reasons = await asyncio.gather(*map(_reap, transports, fullness))
+        reasons = await asyncio.gather(*map(_reap, models, fullness))
         reason = next(filter(None, reasons), "")
         if reason != said and reason:
             _log.warning("transport takes no work", reason=reason)
@@ -29,13 +28,14 @@ async def keep_up(transports: Sequence[Transport], server: RpcServer, *, every_s
         await asyncio.sleep(every_s)
 
 
-async def _reap(transport: Transport, fullness: Told) -> str:
-    """Why the transport takes no work; empty where it does."""
+async def _reap(served: Served, fullness: Told) -> str:
+    """Why the model's transport takes no work; empty where it does."""
+    transport, model = served.transport, served.card.name
     try:
         await transport.ping()
         await transport.reap()
         for job in await transport.take_ended():
-            _log.info("ended", job=job.id, state=job.state.value, took_s=round(job.took_s, 3))
+            _log.info("ended", job=job.id, model=model, state=job.state.value, took_s=round(job.took_s, 3))
         fullness.over()
     except UnavailableError as error:
         return str(error)

@@ -71,6 +71,7 @@ class Retry:
         self._contact = contact or Contact()
         self._answer = self._hint = ""
         self._failures = 0
+        self._told = False
         self._refusals = 0
 
     def start(self) -> None:
@@ -84,7 +85,7 @@ class Retry:
 
     def heard(self) -> None:
         """The server answered: it is there, and the next failure is a new one."""
-        self._contact.made, self._answer, self._failures = True, "", 0
+        self._contact.made, self._answer, self._failures, self._told = True, "", 0, False
 
     def delay_s(self, error: StreamFlowError, *, within_s: float = inf) -> float:
         """Seconds to wait before the next call; raises what the user should see where there is none.
@@ -108,7 +109,9 @@ class Retry:
                 delay_s = min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2.0**self._failures) * (0.5 + 0.5 * self._jitter())
                 self._failures += 1
                 self._answer = str(error) if error.answered else ""
-                if self._contact.made and self._failures == (_ANSWER_TOLD_AFTER if error.answered else _TOLD_AFTER):
+                enough = self._failures >= (_ANSWER_TOLD_AFTER if error.answered else _TOLD_AFTER)
+                if self._contact.made and enough and not self._told:
+                    self._told = True
                     _log.warning("%s; trying again until the time is up", self._trouble)
                 patience_s = limit_s if self._contact.made else min(self._policy.connect_timeout_s, limit_s)
                 return self._within_s(patience_s, delay_s, self._unavailable(error))

@@ -46,6 +46,8 @@ _READ_HEALTH_S = 5.0
 # Of one tenant. Each may be as large as a message; most are small, and there at once.
 _READ_AT_ONCE = 16
 _READ_S = 60.0
+# What a message may bring beside the fields that are known here; those of a newer client are small.
+_SPARE_BYTES = 2**16
 
 
 class Authenticator(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -320,7 +322,15 @@ async def _read(context: Context, *, timeout_s: float) -> bytes:
 
 def _parse(handler: Handler, data: bytes) -> Any:
     try:
-        return handler.request_deserializer(data)
+        request = handler.request_deserializer(data)
     except (DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
         allowed = "a well-formed protobuf message whose strings are UTF-8"
         raise InvalidRequestError("request", f"{len(data)} bytes", allowed) from error
+    if len(data) > _SPARE_BYTES:
+        # Unknown fields, and all values of a field but its last one, take memory as long as the message does.
+        request.DiscardUnknownFields()
+        spare = len(data) - request.ByteSize()
+        if spare > _SPARE_BYTES:
+            given, allowed = f"{spare} bytes that belong to no field", f"at most {_SPARE_BYTES} bytes of unknown fields"
+            raise InvalidRequestError("request", given, allowed, "send each field once")
+    return request

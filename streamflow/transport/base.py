@@ -185,11 +185,6 @@ class Limits:
         """Most unfinished jobs of a tenant."""
         return (self.max_tenant_jobs if quota.jobs is None else quota.jobs) or self.max_jobs
 
-    @property
-    def bytes_of_tenant(self) -> int:
-        """What results of a tenant may take."""
-        return self.max_tenant_reserved_bytes or self.max_reserved_bytes
-
     def images_per_minute_of(self, quota: Quota) -> float:
         """Of a tenant; 0 = any number."""
         return self.tenant_images_per_minute if quota.images_per_minute is None else quota.images_per_minute
@@ -336,7 +331,8 @@ class Transport(Protocol):
         ...
 
     async def take_ended(self) -> list[EndedJob]:
-        """Jobs that ended since anybody asked last, however they did: each is told once."""
+        """Jobs that ended since anybody asked last, however they did: each is told once, or not at all where the answer
+        is lost."""
         ...
 
     async def dead_letters(self, *, tenant: str, count: int = 100) -> list[DeadLetter]:

@@ -383,7 +383,8 @@ class MemoryTransport:
         if of_tenant >= self._limits.jobs_of(job.quota):
             raise self._busy("tenant_jobs")
         paced_s = self._paced(job)
-        if not self._has_room(job, self._limits.bytes_of_tenant, whose=job.tenant):
+        of_tenant_bytes = self._limits.max_tenant_reserved_bytes
+        if of_tenant_bytes is not None and not self._has_room(job, of_tenant_bytes, whose=job.tenant):
             raise self._busy("tenant_bytes")
         if not self._has_room(job, self._limits.max_reserved_bytes):
             raise self._busy("bytes")

@@ -375,7 +375,7 @@ class RedisTransport:
             self._limits.max_jobs,
             self._limits.jobs_of(job.quota),
             self._limits.max_reserved_bytes,
-            self._limits.bytes_of_tenant,
+            "" if (of_tenant := self._limits.max_tenant_reserved_bytes) is None else of_tenant,
             self._limits.images_per_minute_of(job.quota),
             int(looks),
             *(part for blob in job.blobs.items() for part in blob),

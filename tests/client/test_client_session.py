@@ -127,6 +127,21 @@ def test_what_a_gateway_answers_is_told_rather_than_that_it_is_gone(
         retry.delay_s(DeadlineError("Deadline Exceeded"))
 
 
+def test_a_stack_that_comes_back_part_by_part_is_told_of_once(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    retry = make_retry(clock)
+    retry.heard()
+    for _ in range(3):
+        retry.delay_s(UnavailableError("refused"))
+    # The gateway is there, and Redis is not.
+    away = UnavailableError("Redis cannot be reached")
+    away.answered = True
+    for _ in range(5):
+        retry.delay_s(away)
+    assert [record.message for record in caplog.records] == [
+        "host:1: Redis cannot be reached; trying again until the time is up"
+    ]
+
+
 @pytest.mark.parametrize("error", [BusyError("full", retry_after_s=1.0), UnavailableError("refused")])
 def test_nothing_is_sent_again_once_its_time_budget_is_over(clock: Clock, error: StreamFlowError) -> None:
     session = make_session(clock, time_budget_s=1.5)

@@ -136,8 +136,7 @@ class Deployment:
         service = Service(NAME, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, FOR_TENANTS)
         server = RpcServer(settings, services=[service], keys=known, on_drain=models.drain)
         await self._stack.enter_async_context(server)
-        transports = [each.transport for each in served]
-        self._upkeep.append(self.start(keep_up(transports, server, every_s=settings.reap_interval_s), "upkeep"))
+        self._upkeep.append(self.start(keep_up(models, server, every_s=settings.reap_interval_s), "upkeep"))
         channel = await self._stack.enter_async_context(open_aio_channel(Target(server.address)))
         return Gateway(server, channel, gateway_pb2_grpc.GatewayStub(channel))
 

@@ -6,8 +6,8 @@ import asyncio
 import io
 import sys
 import textwrap
-from collections.abc import Awaitable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,17 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from gateway import frames
-from gateway.decoding import ImageDecoder, InThread
+from gateway.decoding import DECODERS_AT_ONCE, Decoder, ImageDecoder, InThread, Prepare
+from gateway.pipeline import Pipeline
+from streamflow.config import GatewaySettings
 from streamflow.errors import BusyError, InvalidRequestError, StreamFlowError, UnavailableError
+from streamflow.rpc.auth import Caller
 from streamflow.stages.imaging import encode_image
-from streamflow.types import ImageFormat
+from streamflow.telemetry import Counters
+from streamflow.transport.memory import MemoryTransport
+from streamflow.types import ImageFormat, Quota
 from streamflow.v1 import types_pb2
+from tests.cards import CARD
 
 MAX_PIXELS = 4_000_000
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -76,13 +82,18 @@ decode_child.main(int(sys.argv[1]), int(sys.argv[2]), {life_cpu_s})
     return (sys.executable, str(folder / "child.py"))
 
 
+async def decode(decoder: Decoder, request: types_pb2.GenerateRequest, **size: Any) -> Mapping[str, bytes]:
+    async with decoder.turn(request, tenant=size.pop("tenant", "")) as prepare:
+        return await prepare(**size)
+
+
 @pytest.mark.parametrize("number", range(len(REQUESTS)))
 async def test_it_gives_what_decoding_here_gives(number):
     request = REQUESTS[number]
-    expected = await InThread(max_pixels=MAX_PIXELS)(request, width=32, height=48)
-    async with ImageDecoder(max_pixels=MAX_PIXELS) as decode:
-        assert await decode(request, width=32, height=48) == expected
-        many = await asyncio.gather(*(decode(request, width=32, height=48) for _ in range(8)))
+    expected = await decode(InThread(max_pixels=MAX_PIXELS), request, width=32, height=48)
+    async with ImageDecoder(max_pixels=MAX_PIXELS) as decoder:
+        assert await decode(decoder, request, width=32, height=48) == expected
+        many = await asyncio.gather(*(decode(decoder, request, width=32, height=48) for _ in range(8)))
     assert many == [expected] * 8
 
 
@@ -90,9 +101,9 @@ async def test_it_gives_what_decoding_here_gives(number):
 async def test_it_refuses_as_decoding_here_refuses(number):
     errors = []
     async with ImageDecoder(max_pixels=MAX_PIXELS) as there:
-        for decode in (there, InThread(max_pixels=MAX_PIXELS)):
+        for decoder in (there, InThread(max_pixels=MAX_PIXELS)):
             with pytest.raises(InvalidRequestError) as caught:
-                await decode(REFUSED[number], width=32, height=32)
+                await decode(decoder, REFUSED[number], width=32, height=32)
             error = caught.value
             errors.append((str(error), error.field, error.given, error.allowed, error.hint))
     assert errors[0] == errors[1]
@@ -102,23 +113,23 @@ async def test_it_refuses_as_decoding_here_refuses(number):
 async def test_what_breaks_a_decoder_costs_its_own_request(tmp_path, monkeypatch, what):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     command = child(tmp_path, what)
-    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, timeout_s=3.0, cpu_s=1, command=command) as decode:
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, timeout_s=3.0, cpu_s=1, command=command) as decoder:
         with pytest.raises(InvalidRequestError, match="init_image: got '5 bytes"):
-            await decode(types_pb2.GenerateRequest(init_image=b"break"), width=32, height=32)
-        assert await decode(REQUESTS[0], width=32, height=32)
+            await decode(decoder, types_pb2.GenerateRequest(init_image=b"break"), width=32, height=32)
+        assert await decode(decoder, REQUESTS[0], width=32, height=32)
 
 
 async def test_a_request_that_is_broken_off_leaves_no_answer_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     command = child(tmp_path, "import time; time.sleep(60)")
-    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, command=command) as decode:
-        await decode.warm_up()
-        left = asyncio.create_task(decode(types_pb2.GenerateRequest(init_image=b"break"), width=32, height=32))
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, command=command) as decoder:
+        await decoder.warm_up()
+        left = asyncio.create_task(decode(decoder, types_pb2.GenerateRequest(init_image=b"break"), width=32, height=32))
         await asyncio.sleep(0.3)
         left.cancel()
         await asyncio.wait([left])
         async with asyncio.timeout(10):
-            assert {*await decode(REQUESTS[0], width=32, height=32)} == {"init_image_blob"}
+            assert {*await decode(decoder, REQUESTS[0], width=32, height=32)} == {"init_image_blob"}
 
 
 BREAK = types_pb2.GenerateRequest(init_image=b"break")
@@ -143,10 +154,10 @@ async def test_a_process_that_decodes_can_open_nothing(tmp_path, monkeypatch, wh
     return frames.pack({{}}, {{}})
 """
     command = child(tmp_path, trial, imports="os, socket, subprocess, resource")
-    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, command=command) as decode:
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, command=command) as decoder:
         with pytest.raises(InvalidRequestError, match=r"it could not: (OSError|PermissionError|ValueError)"):
-            await decode(BREAK, width=32, height=32)
-        assert await decode(REQUESTS[0], width=32, height=32)
+            await decode(decoder, BREAK, width=32, height=32)
+        assert await decode(decoder, REQUESTS[0], width=32, height=32)
 
 
 def files() -> list[bytes]:
@@ -176,10 +187,10 @@ async def test_a_process_that_can_open_nothing_decodes_as_one_that_can():
     usual = InThread(max_pixels=MAX_PIXELS)
     for data in files():
         request = types_pb2.GenerateRequest(init_image=data, mask_image=data, control=types_pb2.Control(image=data))
-        expected = await outcome(usual(request, width=32, height=48))
+        expected = await outcome(decode(usual, request, width=32, height=48))
         # A process for each, which has seen nothing before.
-        async with ImageDecoder(max_pixels=MAX_PIXELS, children=1) as decode:
-            assert await outcome(decode(request, width=32, height=48)) == expected
+        async with ImageDecoder(max_pixels=MAX_PIXELS, children=1) as decoder:
+            assert await outcome(decode(decoder, request, width=32, height=48)) == expected
 
 
 async def test_a_process_is_replaced_before_its_time_is_over(tmp_path, monkeypatch):
@@ -191,8 +202,8 @@ async def test_a_process_is_replaced_before_its_time_is_over(tmp_path, monkeypat
     return frames.pack({}, {"init_image_blob": str(os.getpid()).encode()})
 """
     command = child(tmp_path, work, life_cpu_s=8)
-    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, cpu_s=1, command=command) as decode:
-        seen = [(await decode(BREAK, width=32, height=32))["init_image_blob"] for _ in range(8)]
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, cpu_s=1, command=command) as decoder:
+        seen = [(await decode(decoder, BREAK, width=32, height=32))["init_image_blob"] for _ in range(8)]
     assert len({*seen}) > 1
 
 
@@ -201,22 +212,22 @@ async def test_more_than_can_wait_is_busy_and_one_tenant_does_not_take_it_all(tm
     command = child(tmp_path, "import time; time.sleep(60)")
     most = 4 * len(PICTURE)
     async with (
-        ImageDecoder(max_pixels=MAX_PIXELS, children=1, timeout_s=3.0, waiting_bytes=most, command=command) as decode,
+        ImageDecoder(max_pixels=MAX_PIXELS, children=1, timeout_s=3.0, waiting_bytes=most, command=command) as decoder,
         asyncio.TaskGroup() as tasks,
     ):
 
         def asked(tenant: str, request: types_pb2.GenerateRequest = REQUESTS[0]) -> asyncio.Task[Any]:
-            return tasks.create_task(decode(request, width=32, height=32, tenant=tenant))
+            return tasks.create_task(decode(decoder, request, width=32, height=32, tenant=tenant))
 
-        await decode.warm_up()
-        hung = tasks.create_task(refused(decode(BREAK, width=32, height=32, tenant="alice")))
+        await decoder.warm_up()
+        hung = tasks.create_task(refused(decode(decoder, BREAK, width=32, height=32, tenant="alice")))
         waiting = [asked("alice")]
         await asyncio.sleep(0)
-        assert isinstance(await refused(decode(REQUESTS[0], width=32, height=32, tenant="alice")), BusyError)
+        assert isinstance(await refused(decode(decoder, REQUESTS[0], width=32, height=32, tenant="alice")), BusyError)
         waiting += [asked("bob"), asked("bob")]
         await asyncio.sleep(0)
         for tenant in ("bob", "carol"):
-            error = await refused(decode(REQUESTS[0], width=32, height=32, tenant=tenant))
+            error = await refused(decode(decoder, REQUESTS[0], width=32, height=32, tenant=tenant))
             assert isinstance(error, BusyError)
             assert error.retry_after_s > 0
         assert isinstance(await hung, InvalidRequestError)
@@ -227,6 +238,41 @@ async def test_more_than_can_wait_is_busy_and_one_tenant_does_not_take_it_all(tm
         large = types_pb2.GenerateRequest(init_image=encode_image(np.tile(NOISE, (8, 8, 1)), ImageFormat.PNG))
         assert len(large.init_image) > most
         assert await asked("alice", large)
+
+
+class Counting:
+    """Decodes as another one does, and counts it."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self.decoded = decoder, 0
+
+    @asynccontextmanager
+    async def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AsyncIterator[Prepare]:
+        async with self._decoder.turn(request, tenant=tenant) as prepare:
+
+            async def counted(*, width: int, height: int) -> Mapping[str, bytes]:
+                self.decoded += 1
+                return await prepare(width=width, height=height)
+
+            yield counted
+
+
+async def test_pictures_that_come_at_once_and_are_over_a_quota_are_not_decoded():
+    decoder = Counting(InThread(max_pixels=MAX_PIXELS))
+    transport, counters = MemoryTransport(), Counters()
+    pipeline = Pipeline(transport, card=CARD, settings=GatewaySettings(), counters=counters, decoder=decoder)
+    caller = Caller("alice", quota=Quota(jobs=1))
+
+    async def submit(number: int) -> object:
+        request = types_pb2.GenerateRequest(
+            request_id=f"r{number}", prompts=["a red circle"], init_image=PICTURE, width=64, height=64
+        )
+        return await pipeline.submit(request, caller=caller, remaining_s=None, detach=True)
+
+    answers = await asyncio.gather(*map(submit, range(40)), return_exceptions=True)
+    assert sum(isinstance(answer, BusyError) for answer in answers) == 39
+    assert decoder.decoded <= DECODERS_AT_ONCE
+    await transport.close()
 
 
 async def refused(answer: Awaitable[object]) -> StreamFlowError:
@@ -247,12 +293,12 @@ def rights_of(process: psutil.Process) -> dict[str, str]:
 
 async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
     monkeypatch.setenv("STREAMFLOW_REDIS_URL", "redis://:secret@host:1/0")
-    async with ImageDecoder(max_pixels=MAX_PIXELS, children=2) as decode:
-        await decode.warm_up()
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=2) as decoder:
+        await decoder.warm_up()
         children = decoders()
         assert len(children) == 2
         for _ in range(3):
-            await decode(REQUESTS[0], width=32, height=32)
+            await decode(decoder, REQUESTS[0], width=32, height=32)
         assert decoders() == children
         for one in children:
             assert "secret" not in str(one.environ())
@@ -266,10 +312,10 @@ async def test_the_processes_are_kept_warm_limited_and_ended(monkeypatch):
 
 
 async def test_where_no_process_starts_the_client_may_come_again():
-    async with ImageDecoder(max_pixels=MAX_PIXELS, command=("/bin/false",)) as decode:
-        await decode.warm_up()
+    async with ImageDecoder(max_pixels=MAX_PIXELS, command=("/bin/false",)) as decoder:
+        await decoder.warm_up()
         with pytest.raises(UnavailableError):
-            await decode(REQUESTS[0], width=32, height=32)
+            await decode(decoder, REQUESTS[0], width=32, height=32)
 
 
 @settings(deadline=None)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import os
 
 import grpc
 import grpc.aio
+import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from streamflow.v1 import gateway_pb2, types_pb2
 
@@ -94,3 +99,54 @@ async def test_deep_nesting(deploy):
     # An unknown field of groups within groups.
     code = await status_of(gateway.channel, "Submit", b"\xa3\x06" * 100_000)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("make_transport", ["memory"], indirect=True)
+@pytest.mark.parametrize("spare", ["unknown field", "the same field again"])
+async def test_bytes_that_belong_to_no_field_are_refused_where_they_are_many(deploy, spare):
+    gateway = await deploy().gateway()
+    known = a_request(prompts=["a red circle"])
+
+    def with_spare(size_bytes: int) -> bytes:
+        if spare == "unknown field":
+            unused = 10_000
+            assert unused not in types_pb2.GenerateRequest.DESCRIPTOR.fields_by_number
+            # A message of one field has the same bytes whatever it is called; this one is read as a string.
+            key = _varint(unused << 3 | 2)
+            return known + key + _varint(size_bytes) + bytes(size_bytes)
+        return a_request(request_id="x" * size_bytes) + a_request(request_id="y") + known
+
+    assert await status_of(gateway.channel, "Submit", with_spare(1000)) is grpc.StatusCode.OK
+    assert await status_of(gateway.channel, "Submit", with_spare(2**20)) is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+@pytest.mark.parametrize("make_transport", ["memory"], indirect=True)
+async def test_open_calls_do_not_hold_what_they_brought(deploy):
+    gateway = await deploy().gateway()
+    picture = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), np.uint8)).save(picture, "PNG")
+    data = a_request(request_id="one", prompts=["a red circle"], init_image=picture.getvalue(), width=64, height=64)
+    process = psutil.Process(os.getpid())
+
+    async def opened() -> grpc.aio.UnaryStreamCall:
+        call = gateway.channel.unary_stream("/streamflow.v1.Gateway/Generate")(data)
+        await call.read()
+        return call
+
+    calls = [await opened()]
+    before = process.memory_info().rss
+    # They attach to the job that the first one began.
+    calls += [await opened() for _ in range(24)]
+    grown = process.memory_info().rss - before
+    for call in calls:
+        call.cancel()
+    # What was on its way is not all given back to the system.
+    assert grown < 24 * len(data) / 2

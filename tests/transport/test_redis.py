@@ -199,7 +199,8 @@ async def test_admitted_work_drains_when_memory_is_full(own_world):
     transport = own_world.open(policy=replace(FAST, min_window=2))
     await transport.register(_worker("warm"), lease_s=60)
     await transport.unregister("warm")
-    await transport.admit(new_job("a", num_images=6, reserved_bytes=600))
+    first = new_job("a", num_images=6, reserved_bytes=600, watch_lease_s=60)
+    await transport.admit(first)
     with redis_py.Redis.from_url(own_world.server.url) as client:
         client.config_set("maxmemory", 100_000)
         with pytest.raises(redis_py.exceptions.OutOfMemoryError):
@@ -218,7 +219,8 @@ async def test_admitted_work_drains_when_memory_is_full(own_world):
     await transport.put_cached("prompt", b"embeddings", keep_s=60)
     assert await transport.get_blob(sha256) == b"latents"
     assert await transport.get_cached("prompt", keep_s=60) == b"embeddings"
-    assert (await transport.admit(new_job("a", num_images=6, reserved_bytes=600))).attached
+    assert (await transport.admit(first)).attached
+    assert (await transport.look(first)).attached
     await transport.ping()
     await run_through(transport, 6)
     assert await transport.result(ImageRef("a", 5)) == b"picture"

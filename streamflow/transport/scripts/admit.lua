@@ -1,5 +1,5 @@
 -- id, digest, spec, images, tenant, timeout_s, priority, work and bytes of an image, watch lease or '', trace, nonce,
--- most jobs, jobs of a tenant, bytes, bytes of a tenant, and images of a tenant in a minute (0 = any number),
+-- most jobs, jobs of a tenant, bytes, bytes of a tenant or '', and images of a tenant in a minute (0 = any number),
 -- whether it only looks (0, 1), then (sha256, bytes) for each blob that is stored with it
 -- -> {'admitted' or 'attached', admitted_at, deadline_at} | {'exists'} | {'busy' or 'late', retry_after_s, why}
 -- | {'open'} where it only looked
@@ -12,6 +12,7 @@ local known = redis.call('HMGET', key, 'digest', 'admitted', 'deadline', 'nonce'
 if known[1] then
   if known[1] ~= digest then return {'exists'} end
   if redis.call('ZSCORE', OPEN, id) then
+    go_on_when_full()
     -- Whoever leaves it to itself wants it made without being watched.
     if watch_s == '' then
       redis.call('HDEL', key, 'watch_s')
@@ -66,7 +67,9 @@ if per_minute > 0 then
   paced = paced + 60 * images / per_minute
   if paced > NOW + 60 then return refuse('busy', 'rate', paced - NOW - 60) end
 end
-if not has_room(reserved_by(tenant), max_tenant_bytes, tenant) then return refuse('busy', 'tenant_bytes', queue_s()) end
+if max_tenant_bytes ~= '' and not has_room(reserved_by(tenant), max_tenant_bytes, tenant) then
+  return refuse('busy', 'tenant_bytes', queue_s())
+end
 if not has_room('reserved', max_bytes) then return refuse('busy', 'bytes', queue_s()) end
 
 -- Fair queuing: every image of a tenant moves its clock on by the time that it alone would take, and who is served
