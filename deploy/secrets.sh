@@ -36,12 +36,18 @@ if [ -z "$folder" ] && [ -f .env ]; then
     esac
 fi
 folder=${folder:-secrets}
-mkdir -p "$folder"
+# In `access` the operator puts what the gateway asks of clients: keys, a certificate.
+mkdir -p "$folder/access"
 chmod 700 "$folder"
+chmod 755 "$folder/access"
 
 password() {
     if [ -e "$1" ]; then
         text=$(cat "$1")
+        case $text in
+            # Who reads it may take a blank at its end as part of it, or not.
+            *[![:graph:]]*) refuse "$1: got a blank or another character that is not printed; delete it, and it is made" ;;
+        esac
         [ ${#text} -ge 16 ] || refuse "$1 has ${#text} characters; allowed: 16 or more; delete it, and it is made"
         echo "$1 is there already"
     else

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 from streamflow.config import GatewaySettings, quiet_grpc, settings_from
+from streamflow.processes import end_when_told
 
+end_when_told()
 quiet_grpc()
 
 import asyncio

@@ -219,11 +219,16 @@ async def _stream(pipeline: Pipeline, key: JobKey, context: Context, *, attached
 
 async def _add_stages(answer: gateway_pb2.GatewayStatus, served: Served, *, now_s: float, tenant: str) -> None:
     """What the deployment of one model says; of whom its work is, only where that is the tenant."""
-    overview, backlog = await served.transport.overview(), await served.transport.backlog()
-    answer.waiting += backlog.get("waiting", 0)
+    overview, workers = await served.transport.overview(), await served.transport.workers()
+    # Replicas of another revision, which end what is left of it, have streams of their own.
+    revisions = {served.card.revision, *(worker.model_revision for worker in workers)}
+    backlog = {revision: await served.transport.backlog(revision) for revision in revisions}
+    answer.waiting += backlog[served.card.revision]["waiting"]
     answer.stages.extend(
-        convert.worker_to_pb(_seen_by(tenant, worker), backlog=backlog.get(worker.stage), now_s=now_s)
-        for worker in await served.transport.workers()
+        convert.worker_to_pb(
+            _seen_by(tenant, worker), backlog=backlog[worker.model_revision][worker.stage], now_s=now_s
+        )
+        for worker in workers
     )
     answer.queues.extend(
         gateway_pb2.QueueStatus(

@@ -136,7 +136,7 @@ OF_ONE_MODEL = ("flow", "unet_delta", "tiny_vae", "adapters", "controls")
 class EngineSettings(BaseSettings):
     """Where what runs networks fast is kept."""
 
-    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore", env_ignore_empty=True)
 
     engines: Path = Field(
         default_factory=default_engines, description="Where `streamflow engine` puts the graphs and engines of networks"
@@ -258,7 +258,7 @@ class GatewaySettings(TlsSettings, ModelSettings, Settings):
 class ClientSettings(BaseSettings):
     """What the command line needs to reach a deployment; the SDK takes arguments only."""
 
-    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="STREAMFLOW_", extra="ignore", env_ignore_empty=True)
 
     address: str = Field(default="127.0.0.1:50051", description="Address of a gateway")
     api_key: str | None = Field(default=None, description="Key to send with every call", repr=False)

@@ -1,4 +1,4 @@
-"""How processes end: children with their parent, in whatever way that ends (Linux only), and services at once.
+"""How processes end: children with their parent, in whatever way that ends (Linux only); services when told, at once.
 
 The kernel sends the signal when the *thread* that started the child ends, so start children in a thread that lives as
 long as they should.
@@ -32,6 +32,16 @@ def dying_with_parent(argv: Sequence[str]) -> list[str]:
         "os.getppid() == int(sys.argv[1]) or sys.exit(1); os.execv(sys.argv[2], sys.argv[2:])"
     )
     return [sys.executable, "-I", "-S", "-c", code, str(os.getpid()), *argv]
+
+
+def end_when_told() -> None:
+    """SIGTERM ends the process while it starts; once it serves, its server decides what that does.
+
+    So it is anyway, but in a container whose first process this is: the kernel keeps from process 1 every signal for
+    which it has no handler.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
 
 
 @contextmanager

@@ -250,9 +250,23 @@ def test_each_service_has_a_user_of_redis_with_a_password_in_a_file(compose: dic
     assert "secrets/" in (ROOT / ".gitignore").read_text("utf-8").splitlines()
 
 
+def test_keys_and_tls_stay_on_whatever_files_are_named() -> None:
+    """They are variables, which `.env` has: a file of one's own is not read where -f names others."""
+    told = yaml.safe_load((ROOT / FILE).read_text("utf-8"))["services"]["gateway"]["environment"]
+    settings = ("API_KEYS_FILE", "TLS_CERT", "TLS_KEY")
+    assert {name: told[f"STREAMFLOW_{name}"] for name in settings} == {
+        "API_KEYS_FILE": "${STREAMFLOW_GATEWAY_KEYS_FILE:-}",
+        "TLS_CERT": "${STREAMFLOW_GATEWAY_TLS_CERT:-}",
+        "TLS_KEY": "${STREAMFLOW_GATEWAY_TLS_KEY:-}",
+    }
+    for other in (GPU, TWO_MODELS):
+        changed = load(other)["services"].get("gateway", {}).get("environment", {})
+        assert not {f"STREAMFLOW_{name}" for name in settings} & set(changed)
+
+
 def make_secrets(folder: Path) -> dict[str, str]:
     subprocess.run(["sh", ROOT / "deploy" / "secrets.sh", folder], check=True, capture_output=True)
-    return {path.name: path.read_text() for path in folder.iterdir()}
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
 
 
 def test_secrets_are_made_once(tmp_path: Path) -> None:
@@ -279,15 +293,25 @@ def test_a_password_is_exchanged_alone(tmp_path: Path) -> None:
     assert (tmp_path / "redis_users").stat().st_ino == mounted
 
 
-@pytest.mark.parametrize("text", ["", "\n", "short\n"])
-def test_a_password_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "has 0"),
+        ("\n", "has 0"),
+        ("short\n", "has 5"),
+        ("long enough, of words", "a blank"),
+        ("x" * 20 + "\r\n", "a blank"),
+    ],
+)
+def test_a_password_that_is_none_is_refused(tmp_path: Path, text: str, why: str) -> None:
     before = make_secrets(tmp_path)
     (tmp_path / "redis_administrator").chmod(0o600)
     (tmp_path / "redis_administrator").write_text(text)
     (tmp_path / "redis_decoder").unlink()
     result = subprocess.run(["sh", ROOT / "deploy" / "secrets.sh", tmp_path], capture_output=True, text=True)
     assert result.returncode != 0
-    assert "redis_administrator has" in result.stderr
+    assert "redis_administrator" in result.stderr
+    assert why in result.stderr
     assert (tmp_path / "redis_users").read_text() == before["redis_users"]
 
 
@@ -301,7 +325,7 @@ def test_where_there_is_no_chance_there_is_no_password(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode != 0
     assert "no random bytes" in result.stderr
-    assert list(folder.iterdir()) == []
+    assert [path for path in folder.iterdir() if path.is_file()] == []
 
 
 def secrets_sh(*arguments: str, folder: Path, said: str = "") -> subprocess.CompletedProcess[str]:
@@ -396,7 +420,8 @@ def test_images_start_the_service_as_nobody(compose: dict[str, Any], name: str) 
     # Compose adds to it, and puts nothing in its place.
     assert "entrypoint" not in one
     assert one["command"] == ["--model", "/model"]
-    assert one["volumes"] == ["./models/shapes:/model:ro", f"{'digests' if name == 'gateway' else 'engines'}:/engines"]
+    own = ["./secrets/access:/access:ro", "digests:/engines"] if name == "gateway" else ["engines:/engines"]
+    assert one["volumes"] == ["./models/shapes:/model:ro", *own]
 
 
 @pytest.mark.parametrize("name", OURS)

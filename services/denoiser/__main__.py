@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 def main() -> None:
     from streamflow.config import StageSettings, quiet_grpc, settings_from
+    from streamflow.processes import end_when_told, ended_at_once
 
+    end_when_told()
     quiet_grpc()
     # First, so that --help and wrong values are answered at once.
     settings = settings_from(sys.argv[1:], StageSettings, program="python -m services.denoiser")
 
     from streamflow.host.gpus import own_gpu
-    from streamflow.processes import ended_at_once
     from streamflow.telemetry import configure_logging
     from streamflow.types import Stage
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Stage
 
 RENEW_EVERY_S = 5.0
-"""A lease lasts three times this: that long the GPU of a replica that was killed is counted as taken."""
+"""A lease lasts three times this: that long the GPU of a replica that was killed is kept for it."""
 
 _LEAVE_S = 3.0
 
@@ -106,7 +107,10 @@ class _Lease:
     def __init__(self, gpus: Sequence[str], settings: StageSettings, stage: Stage, renew_every_s: float) -> None:
         self.chosen: Future[str] = Future()
         self._gpus, self._settings, self._stage, self._every_s = gpus, settings, stage, renew_every_s
-        self._holder = f"{stage.service}-{secrets.token_hex(4)}"
+        # Who is started again after a crash, as containers are, is who it was, and takes up its own lease. On one host
+        # no two listen on a port.
+        of_process = f"{socket.gethostname()}:{settings.port}" if settings.port else secrets.token_hex(4)
+        self._holder = f"{stage.service}-{of_process}"
         self._leaving, self._told = asyncio.Event(), Told()
         self._loop: asyncio.AbstractEventLoop | None = None
 

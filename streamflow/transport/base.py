@@ -441,8 +441,12 @@ class Transport(Protocol):
         """Ends its lease."""
         ...
 
-    async def backlog(self) -> dict[str, int]:
-        """Images by place: waiting, and undelivered plus pending entries of each stage."""
+    async def backlog(self, revision: str | None = None) -> dict[str, int]:
+        """Images by place: waiting, and undelivered plus pending entries of each stage.
+
+        Args:
+            revision: of the model, whose stages are meant; None = the transport's own. All revisions wait in one queue.
+        """
         ...
 
     async def overview(self) -> Overview: ...

@@ -41,8 +41,10 @@ class Keys:
             raise AttributeError(name)
         return self.prefix + name
 
-    def stream(self, stage: Stage) -> str:
-        return self.prefix + stage.value + (f":{self.revision}" if self.revision else "")
+    def stream(self, stage: Stage, revision: str | None = None) -> str:
+        """Of the revision of these keys, unless another one is named."""
+        named = self.revision if revision is None else revision
+        return self.prefix + stage.value + (f":{named}" if named else "")
 
     def jobs(self, tenant: str) -> str:
         """A tenant's jobs by the time of their admission, so that no list walks over those of others."""

@@ -334,7 +334,8 @@ class MemoryTransport:
     async def free_gpu(self, holder: str) -> None:
         self._gpus.pop(holder, None)
 
-    async def backlog(self) -> dict[str, int]:
+    async def backlog(self, revision: str | None = None) -> dict[str, int]:
+        # There is one revision in a process.
         lengths = {stage.value: len(entries) for stage, entries in self._state.streams.items()}
         return {WAITING: len(self._state.waiting), **lengths}
 

@@ -338,9 +338,10 @@ class RedisTransport:
     async def free_gpu(self, holder: str) -> None:
         await self._calls.script("free_gpu", holder)
 
-    async def backlog(self) -> dict[str, int]:
+    async def backlog(self, revision: str | None = None) -> dict[str, int]:
         waiting = await self._calls.command("ZCARD", self._keys.waiting)
-        lengths = {stage.value: await self._calls.command("XLEN", self._keys.stream(stage)) for stage in Stage}
+        streams = {stage.value: self._keys.stream(stage, revision) for stage in Stage}
+        lengths = {place: await self._calls.command("XLEN", stream) for place, stream in streams.items()}
         return {"waiting": waiting, **lengths}
 
     async def overview(self) -> Overview:

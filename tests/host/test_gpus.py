@@ -121,6 +121,18 @@ def test_the_gpu_of_a_killed_replica_is_free_when_its_lease_lapsed(start: Start)
     assert start(gpus=3).number() == "2"
 
 
+def test_who_is_started_again_after_a_crash_is_where_it_was(start: Start) -> None:
+    own = {"port": free_port(), "gpus": 2, "renew_every_s": 60}
+    crashing = start("denoise", **own)
+    assert crashing.number() == "0"
+    assert start("decode", gpus=2, renew_every_s=60).number() == "1"
+    crashing.kill()
+    # Its lease has not lapsed, so that the other GPU looks as if it had less work.
+    assert start("denoise", **own).number() == "0"
+    # And it counts once: two encoders weigh as much as a decoder.
+    assert [start("encode", gpus=2, renew_every_s=60).number() for _ in range(3)] == ["1", "1", "0"]
+
+
 def test_who_leaves_in_order_gives_back_at_once(start: Start) -> None:
     started = [start(gpus=2, renew_every_s=60) for _ in range(2)]
     holders = {holder.number(): holder for holder in started}

@@ -170,9 +170,11 @@ async def test_old_replicas_drain_while_new_ones_start(redis_world, deployment):
     )
     await old.admit(new_job("before"))
     await new.admit(new_job("after"))
+    assert ((await new.backlog())["encode"], (await new.backlog("r1"))["encode"]) == (1, 1)
     [entry] = await take(new, ENCODE, count=9)
     assert entry.ref.job_id == "after"
     assert await new.finish(entry, b"")
+    assert ((await new.backlog())["encode"], (await new.backlog("r1"))["encode"]) == (0, 1)
     await run_through(old, 1)
     await new.admit(new_job("cancelled"))
     await take(new, ENCODE)
