@@ -125,8 +125,9 @@ ROWS: dict[str, Sequence[Panel]] = {
         ),
         Panel(
             "What an image costs",
-            [Query('avg by (stage) (streamflow_image_cost_seconds{model=~"$model"})', "{{stage}}")],
+            [Query('avg by (stage) (streamflow_image_cost_seconds{model=~"$model"} > 0)', "{{stage}}")],
             "s",
+            "Of replicas that have measured it.",
         ),
     ),
     "The running batch": (

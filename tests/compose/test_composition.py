@@ -121,7 +121,8 @@ def dockerfile(name: str) -> list[str]:
 
 def passwords_of(podman: Podman) -> dict[str, str]:
     folder = Path(podman.environment["STREAMFLOW_SECRETS"])
-    return {path.name: path.read_text() for path in folder.iterdir() if path.name != "redis_users"}
+    files = (path for path in folder.iterdir() if path.is_file() and path.name != "redis_users")
+    return {path.name: path.read_text() for path in files}
 
 
 def show_logs(composition: Composition) -> None:
