@@ -145,6 +145,11 @@ class Composition:
         for name, count in replicas.items():
             self.compose("up", "-d", "--no-build", "--scale", f"{name}={count}")
 
+    def replace(self, service: str) -> None:
+        """With what the variables say now; podman-compose would leave alone what is there."""
+        self._podman("rm", "-f", "-t", "40", *(one.id for one in self.containers(service, all_=True)))
+        self.compose("up", "-d", "--no-build", service)
+
     def down(self) -> None:
         # podman-compose knows the first replica alone, and podman removes nothing that others stand on.
         for needed in (False, True):

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 import pytest_asyncio
 
 from streamflow.client import AsyncClient
-from streamflow.errors import StreamFlowError
+from streamflow.errors import StreamFlowError, UnauthenticatedError, UnavailableError
 from streamflow.pipeline import Pipeline
 from streamflow.ports import free_port
 from tests.compose.engine import BUILT, ROOT, TAG, Composition, Container, Podman
@@ -289,3 +291,26 @@ async def test_replicas_go_and_come_while_there_is_work(
     await eventually(lambda: len(composition.containers("decoder")) == REPLICAS["decoder"])
     await eventually(lambda: len(composition.containers("denoiser")) == REPLICAS["denoiser"])
     await all_arrive(wishes(6, first_seed=11), client, fused)
+
+
+async def test_the_gateway_asks_for_keys_where_a_variable_says_so(
+    composition: Composition, client: AsyncClient, fused: Pipeline, podman: Podman
+) -> None:
+    keys = Path(podman.environment["STREAMFLOW_SECRETS"], "access", "keys.txt")
+    made = podman.run(sys.executable, "-m", "streamflow.cli", "keys", "create", "alice", "--file", keys)
+    [key] = re.findall(r"sf_[\w-]+", made)
+    podman.environment["STREAMFLOW_GATEWAY_KEYS_FILE"] = "/access/keys.txt"
+    await asyncio.to_thread(composition.replace, "gateway")
+
+    async def asks() -> bool:
+        try:
+            await client.models()
+        except UnauthenticatedError:
+            return True
+        except UnavailableError:
+            return False
+        return False
+
+    await eventually(asks)
+    async with AsyncClient(client.address, api_key=key) as alice:
+        await all_arrive(wishes(2, first_seed=13), alice, fused)
