@@ -88,7 +88,8 @@ class Podman:
         file.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
         named = [Path(part.removeprefix("file://")) for value in settings.values() for part in value.split()]
         folders = {Path("/", *part.parts[1:2]) for part in named if part.is_absolute() and part.is_dir()}
-        mounts = [f"{file}:/etc/pip.conf:ro", *(f"{folder}:{folder}:ro" for folder in sorted(folders))]
+        files = {part for part in named if part.is_absolute() and part.is_file() and part.parent != _CERTIFICATES}
+        mounts = [f"{file}:/etc/pip.conf:ro", *(f"{each}:{each}:ro" for each in sorted(folders | files))]
         if _CERTIFICATES.is_dir():
             mounts.append(f"{_CERTIFICATES}:{_CERTIFICATES}:ro")
         arguments = []
