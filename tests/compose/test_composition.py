@@ -299,7 +299,7 @@ async def test_the_gateway_asks_for_keys_where_a_variable_says_so(
     keys = Path(podman.environment["STREAMFLOW_SECRETS"], "access", "keys.txt")
     made = podman.run(sys.executable, "-m", "streamflow.cli", "keys", "create", "alice", "--file", keys)
     [key] = re.findall(r"sf_[\w-]+", made)
-    keys.chmod(0o644)
+    await asyncio.to_thread(keys.chmod, 0o644)
     podman.environment["STREAMFLOW_GATEWAY_KEYS_FILE"] = "/access/keys.txt"
     await asyncio.to_thread(composition.replace, "gateway")
 
