@@ -35,6 +35,11 @@ if [ -z "$folder" ] && [ -f .env ]; then
         *[!A-Za-z0-9_./-]*) refuse "STREAMFLOW_SECRETS in .env: got $folder; name the folder yourself: $usage" ;;
     esac
 fi
+# The argument may be any folder; what Compose reads, only what it does not take for the name of a volume.
+case ${1:+given}$folder in
+    given* | /* | ./* | ../* | "") ;;
+    *) refuse "STREAMFLOW_SECRETS: got $folder; allowed: a path that begins with / or ./, such as ./$folder" ;;
+esac
 folder=${folder:-secrets}
 # In `access` the operator puts what the gateway asks of clients: keys, a certificate.
 mkdir -p "$folder/access"

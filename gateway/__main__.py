@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from streamflow.config import GatewaySettings, quiet_grpc, settings_from
+from streamflow.config import GatewaySettings, misspelled, quiet_grpc, settings_from
 from streamflow.processes import end_when_told
 
 end_when_told()
@@ -14,30 +14,30 @@ import asyncio
 import sys
 from functools import partial
 
-import grpc
-
 from gateway.decoding import Decoder, ImageDecoder
 from gateway.models import Models, Served
 from gateway.servicer import FOR_TENANTS, GatewayServicer
 from gateway.upkeep import keep_up
 from gateway.watching import GatewayWatch
-from streamflow.errors import StreamFlowError, first_of
+from streamflow.errors import InvalidRequestError, StreamFlowError, first_of
 from streamflow.families import describe
 from streamflow.families.source import checkpoint_from
-from streamflow.rpc.certificates import CertificateFiles
+from streamflow.rpc.certificates import certificate_files
 from streamflow.rpc.key_file import KeyFile
 from streamflow.rpc.server import RpcServer, Service
-from streamflow.telemetry import Counters, configure_logging
+from streamflow.telemetry import Counters, configure_logging, get_logger
 from streamflow.telemetry.metrics import registry, serving
 from streamflow.telemetry.traces import open_tracing
 from streamflow.transport.base import Limits
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.v1 import gateway_pb2, gateway_pb2_grpc
 
+_log = get_logger(__name__)
+
 
 async def serve(settings: GatewaySettings) -> None:
     """Serves until SIGTERM or SIGINT."""
-    keys = KeyFile(settings.api_keys_file)
+    keys, certificates = KeyFile(settings.api_keys_file), certificate_files(settings.tls_cert, settings.tls_key)
     counters = Counters()
     metrics, tracing = registry(), open_tracing(settings.traces, service="gateway", ratio=settings.trace_ratio)
     watch, decoder = GatewayWatch(metrics, counts=counters.snapshot), ImageDecoder(max_pixels=settings.max_image_pixels)
@@ -48,7 +48,7 @@ async def serve(settings: GatewaySettings) -> None:
         settings,
         services=[Service(name, gateway_pb2_grpc.add_GatewayServicer_to_server, servicer, FOR_TENANTS)],
         keys=keys,
-        credentials=_credentials(settings),
+        credentials=None if certificates is None else certificates.credentials(),
         on_drain=models.drain,
         on_call=watch.called,
         health_port=settings.health_port,
@@ -89,20 +89,18 @@ def _models(settings: GatewaySettings, counters: Counters, decoder: Decoder, wat
     return Models(served)
 
 
-def _credentials(settings: GatewaySettings) -> grpc.ServerCredentials | None:
-    if settings.tls_cert is None and settings.tls_key is None:
-        return None
-    if settings.tls_cert is None or settings.tls_key is None:
-        raise ValueError("tls_cert and tls_key belong together: give both, or neither for no TLS")
-    return CertificateFiles(settings.tls_cert, settings.tls_key).credentials()
-
-
 def main(argv: list[str] | None = None) -> None:
     try:
         given = sys.argv[1:] if argv is None else argv
         settings = settings_from(given, GatewaySettings, program="python -m gateway")
         configure_logging(level=settings.log_level, log_format=settings.log_format, service="gateway")
+        for name, meant in misspelled().items():
+            _log.warning("no setting has this name", variable=name, meant=meant)
         asyncio.run(serve(settings))
+    except InvalidRequestError as error:
+        # As for a setting that can be seen to be wrong by itself: starting it again helps nobody.
+        sys.stderr.write(f"gateway: {error}\n")
+        sys.exit(2)
     except (StreamFlowError, ValueError, OSError) as error:
         sys.exit(f"gateway: {error}")
     except ExceptionGroup as group:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn, TypeVar
 
@@ -292,6 +293,18 @@ def check_environment(*, but: Collection[str], program: str) -> None:
     )
     if lines:
         _refuse(lines, program)
+
+
+def misspelled() -> dict[str, str]:
+    """Variables that are no settings and look like one, with that one: what they were to turn on is off.
+
+    Others are left alone, since the environment has those of Compose and of tools besides.
+    """
+    kinds: tuple[type[BaseSettings], ...] = (GatewaySettings, StageSettings, ClientSettings)
+    known = {f"STREAMFLOW_{name.upper()}" for kind in kinds for name in kind.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith("STREAMFLOW_") and name not in known)
+    alike = {name: get_close_matches(name, known, n=1, cutoff=0.93) for name in unknown}
+    return {name: meant[0] for name, meant in alike.items() if meant}
 
 
 def _wrong(kind: type[Settings]) -> Iterator[tuple[str, str]]:

@@ -112,6 +112,11 @@ NOT_FINITE = "the latents are not finite; a lower guidance_scale or float32 (--d
 """Of a GenerationError, wherever it is noticed."""
 
 
+def install(extra: str) -> str:
+    """What to do where an extra of this package is missing. On PyPI its name is another project's."""
+    return f"in a clone of the repository: pip install '.[{extra}]'"
+
+
 def first_of(group: ExceptionGroup[StreamFlowError]) -> StreamFlowError:
     """One error to tell of in place of those of several tasks."""
     first = group.exceptions[0]

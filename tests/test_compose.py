@@ -336,10 +336,15 @@ def secrets_sh(*arguments: str, folder: Path, said: str = "") -> subprocess.Comp
 
 def test_the_folder_of_secrets_may_stand_where_compose_reads_it(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("STREAMFLOW_TAG=1\nSTREAMFLOW_SECRETS=./elsewhere\n")
-    for arguments, said, folder in (((), "", "elsewhere"), ((), "set", "set"), (("given",), "set", "given")):
+    for arguments, said, folder in (((), "", "elsewhere"), ((), "./set", "set"), (("given",), "./set", "given")):
         assert not (tmp_path / folder).exists()
         assert secrets_sh(*arguments, folder=tmp_path, said=said).returncode == 0
         assert (tmp_path / folder / "redis_users").exists()
+    # Compose would mount a volume of that name.
+    refused = secrets_sh(folder=tmp_path, said="unset")
+    assert refused.returncode != 0
+    assert "such as ./unset" in refused.stderr
+    assert not (tmp_path / "unset").exists()
     (tmp_path / ".env").write_text('STREAMFLOW_SECRETS="$HOME/secrets"\n')
     refused = secrets_sh(folder=tmp_path)
     assert refused.returncode != 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from streamflow.backends.parts import Part, PartModule
-from streamflow.errors import UnavailableError
+from streamflow.errors import UnavailableError, install
 
 OPSET = 20
 # protobuf's own limit is 2 GiB; beyond this the weights stand in a file beside the graph.
@@ -31,7 +31,7 @@ def export(part: Part, path: Path, *, dtype: torch.dtype = torch.float32) -> Non
         import onnx
         import onnxscript  # noqa: F401 - what torch's exporter needs
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"{error.name} is missing; exporting needs: pip install 'streamflow[export]'") from None
+        raise UnavailableError(f"{error.name} is missing; exporting needs it; {install('export')}") from None
     module = PartModule(part, device=torch.device("cpu"), dtype=dtype)
     example = part.example(rows=2)
     # By position: the module takes its inputs so.

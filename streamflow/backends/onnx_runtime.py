@@ -10,7 +10,7 @@ from torch import Tensor
 
 from streamflow.backends.lanes import Call, Lanes
 from streamflow.backends.runtime import available_cores
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import InvalidRequestError, UnavailableError, install
 
 
 class OnnxRuntimeRunner:
@@ -33,7 +33,7 @@ class OnnxRuntimeRunner:
         try:
             import onnxruntime
         except ImportError as error:
-            message = f"onnxruntime cannot be used ({error}); install it with: pip install 'streamflow[onnxruntime]'"
+            message = f"onnxruntime cannot be used ({error}); {install('onnxruntime')}"
             raise UnavailableError(message) from None
 
         def call(threads: int) -> Call:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamflow.backends.lanes import Call, Lanes
 from streamflow.backends.runtime import available_cores
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import InvalidRequestError, UnavailableError, install
 
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
@@ -39,7 +39,7 @@ class OpenVinoRunner:
         try:
             import openvino
         except ImportError as error:
-            message = f"openvino cannot be used ({error}); install it with: pip install 'streamflow[openvino]'"
+            message = f"openvino cannot be used ({error}); {install('openvino')}"
             raise UnavailableError(message) from None
         if dtype is torch.bfloat16 and not has_bfloat16():
             # OpenVINO would compute in float32 without a word.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamflow.backends.engine_cache import Options, Shapes
-from streamflow.errors import UnavailableError
+from streamflow.errors import UnavailableError, install
 
 OnPhase = Callable[[str, int, int], None]
 """Called with (phase, steps done, steps) from the builder's threads; done = steps at the phase's end."""
@@ -38,7 +38,7 @@ def build(
         import tensorrt
         from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network, network_from_onnx_path
     except ImportError as error:
-        message = f"{error.name} is missing; building needs: pip install 'streamflow[tensorrt]', and a GPU"
+        message = f"{error.name} is missing; building needs it, and a GPU; {install('tensorrt')}"
         raise UnavailableError(message) from None
     profiles = []
     for one in shapes:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from streamflow.backends.engine_cache import Built, Platform
 from streamflow.backends.parts import Part
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import InvalidRequestError, UnavailableError, install
 
 BINDINGS = ("tensorrt", "tensorrt_lean")
 """The full library, or its lean runtime."""
@@ -33,7 +33,7 @@ def load_bindings() -> Any:
         except ImportError as error:
             reasons.append(str(error))
     why = ", ".join(reasons)
-    raise UnavailableError(f"TensorRT cannot be used ({why}); install it with: pip install 'streamflow[tensorrt]'")
+    raise UnavailableError(f"TensorRT cannot be used ({why}); {install('tensorrt')}")
 
 
 def platform(device: torch.device) -> Platform:

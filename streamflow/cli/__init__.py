@@ -10,7 +10,9 @@ def main() -> None:
     try:
         from streamflow.cli.app import app
     except ModuleNotFoundError as error:
-        sys.exit(f"streamflow: {error.name} is missing; the command line needs: pip install 'streamflow[cli]'")
+        from streamflow.errors import install
+
+        sys.exit(f"streamflow: {error.name} is missing; {install('cli')}")
     except KeyboardInterrupt:
         sys.exit(130)
     app()

@@ -16,9 +16,11 @@ from streamflow.errors import (
     InvalidRequestError,
     StreamFlowError,
     UnavailableError,
+    install,
 )
 
 _FAILED, _BAD_INPUT, _TRY_AGAIN = 1, 2, 3
+_OURS = ("streamflow", "gateway", "services")
 
 
 class _OneLineErrors(TyperGroup):
@@ -30,6 +32,13 @@ class _OneLineErrors(TyperGroup):
         except (StreamFlowError, OSError) as error:
             typer.echo(f"streamflow: {error}", err=True)
             raise typer.Exit(_exit_code(error)) from None
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] in _OURS:
+                raise
+            # The command line alone is a small part of what there is to install.
+            needs = f"it needs what the services need, and {error.name} is missing; {install('serve')}"
+            typer.echo(f"streamflow: {needs}", err=True)
+            raise typer.Exit(_FAILED) from None
 
 
 def _exit_code(error: StreamFlowError | OSError) -> int:

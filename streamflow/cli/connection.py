@@ -28,8 +28,11 @@ def connect(
     address: str | None, api_key: str | None, tls: bool, tls_ca: Path | None, *, timeout_s: float = 600.0
 ) -> Client:
     """A client by the options, and by the environment where they are silent."""
+    from streamflow.config import ClientSettings, quiet_grpc
+
+    # What goes wrong with a connection is told in one line, by us.
+    quiet_grpc()
     from streamflow.client import Client
-    from streamflow.config import ClientSettings
 
     settings = ClientSettings()
     return Client(

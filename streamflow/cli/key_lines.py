@@ -113,17 +113,27 @@ def alone(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def write(path: Path, lines: Sequence[Line]) -> None:
-    """Puts the new file in the place of the old one at once, so that nobody reads half of it.
+def check(path: Path, lines: Sequence[Line]) -> str:
+    """What the file is with these lines.
 
     Raises:
-        InvalidRequestError: it cannot be written, or servers would refuse it.
+        InvalidRequestError: servers would refuse it.
     """
     text = "".join(f"{line.text}\n" for line in lines)
     try:
         ApiKeys.parse(text)
     except ValueError as error:
         raise InvalidRequestError("file", path, "a file of API keys", str(error)) from error
+    return text
+
+
+def write(path: Path, lines: Sequence[Line]) -> None:
+    """Puts the new file in the place of the old one at once, so that nobody reads half of it.
+
+    Raises:
+        InvalidRequestError: it cannot be written, or servers would refuse it.
+    """
+    text = check(path, lines)
     try:
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
             file.write(text)

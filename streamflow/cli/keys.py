@@ -69,16 +69,18 @@ def create(
 
 @app.command("list")
 def list_keys(file: KeysFile = None, json: Json = False) -> None:
-    """List the keys of a file, by the beginnings of their hashes.
+    """List the keys of a file, by the beginnings of their hashes, and say where servers would refuse it.
 
     \b
     Examples:
         streamflow keys list
         streamflow keys list --json --file /etc/streamflow/keys.txt
     """
-    from streamflow.cli.key_lines import read
+    from streamflow.cli.key_lines import check, read
 
-    found = [line for line in read(_path(file)) if line.key is not None]
+    path = _path(file)
+    lines = read(path)
+    found = [line for line in lines if line.key is not None]
     if json:
         print_json([_about(line) for line in found])
     elif not found:
@@ -87,6 +89,8 @@ def list_keys(file: KeysFile = None, json: Json = False) -> None:
         columns = ("id", "tenant", "operator", "jobs", "images_per_minute")
         rows = [tuple(_shown(_about(line)[column]) for column in columns) for line in found]
         print_out(table("id", "tenant", "operator", "jobs", "images/minute", rows=rows))
+    if found:
+        check(path, lines)
 
 
 @app.command()

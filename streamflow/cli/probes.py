@@ -10,13 +10,18 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from streamflow.errors import UnavailableError
+from streamflow.errors import InvalidRequestError, UnavailableError
 from streamflow.rpc.certificates import probe_target
 from streamflow.rpc.channels import Target, open_aio_channel
 
 if TYPE_CHECKING:
     from streamflow.transport.redis_access import RedisAccess
 
+# Its processes are one user there: `up` gives all of them the same address.
+_LET_IN = (
+    "name the user in redis://USER@HOST:PORT/0 or STREAMFLOW_REDIS_USER, and its password in a file "
+    "(STREAMFLOW_REDIS_PASSWORD_FILE); of those that `streamflow redis-acl` makes it is administrator"
+)
 _PROBE_S = 0.1
 _PROBE_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -25,15 +30,18 @@ _PROBE_OPTIONS: list[tuple[str, Any]] = [
 
 
 async def check_redis(access: RedisAccess) -> None:
-    """Raises UnavailableError when there is no Redis, or it does not let us in; InvalidRequestError: wrong settings."""
+    """Raises UnavailableError when there is no Redis; InvalidRequestError: wrong settings, or it does not let us in."""
     from redis.asyncio import Redis
-    from redis.exceptions import RedisError
+    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 
     access.check()
     url, options = access.connection_options()
     try:
         async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0, **options) as client:
             await client.ping()
+    except (AuthenticationError, NoPermissionError, ResponseError) as error:
+        allowed = "a user that this Redis lets in, with its password"
+        raise InvalidRequestError("redis_url", access.where, allowed, f"{_LET_IN}. It said: {error}") from error
     except (RedisError, OSError) as error:
         raise UnavailableError(f"the Redis at {access.where} cannot be used: {error}") from error
 

@@ -38,6 +38,8 @@ from streamflow.families.source import checkpoint_from, default_name
 from streamflow.gpus import WEIGHTS, Gpu, find, least_used, place
 from streamflow.model_names import write_models
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
+from streamflow.rpc.certificates import certificate_files
+from streamflow.rpc.key_file import KeyFile
 from streamflow.types import ModelCard
 
 SERVICES: Mapping[str, str] = {
@@ -191,8 +193,7 @@ class LocalDeployment:
     @property
     def tls_cert(self) -> Path | None:
         """The gateway's certificate; None where it does not encrypt."""
-        given = self._settings.get("tls_cert", TlsSettings().tls_cert)
-        return Path(str(given)) if given else None
+        return self._file("tls_cert", TlsSettings().tls_cert)
 
     @property
     def asks_for_keys(self) -> bool:
@@ -285,12 +286,18 @@ class LocalDeployment:
             local_addresses(self._host)
         except OSError as error:
             raise InvalidRequestError("host", self._host, "an address of this machine", error.strerror or "") from error
-        try:
-            require_free(self._host, self._port)
-        except OSError as error:
-            given = join(self._host, self._port)
-            hint = f"{error.strerror}; choose another one with --port"
-            raise InvalidRequestError("port", given, "a free port of this machine", hint) from error
+        for name, port in (("port", self._port), ("metrics_port", self._metrics_port or 0)):
+            try:
+                require_free(self._host, port)
+            except OSError as error:
+                hint = f"{error.strerror}; choose another one with --{name.replace('_', '-')}"
+                raise InvalidRequestError(name, join(self._host, port), "a free port of this machine", hint) from error
+        KeyFile(self._file("api_keys_file", Settings().api_keys_file))
+        certificate_files(self.tls_cert, self._file("tls_key", TlsSettings().tls_key))
+
+    def _file(self, name: str, of_environment: Path | None) -> Path | None:
+        given = self._settings.get(name, of_environment)
+        return Path(str(given)) if given else None
 
     def _describe(self) -> list[ModelCard]:
         """What would otherwise be found out by every process; and hashes of weights are computed once, for all."""

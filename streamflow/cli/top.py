@@ -105,7 +105,8 @@ def _look_again(client: Client, looks: deque[Look]) -> str:
     try:
         looks.append(Look(client.status(timeout_s=_ANSWER_S), time.monotonic()))
     except (UnavailableError, DeadlineError, BusyError) as error:
-        return f"as it was {time.monotonic() - looks[-1].at_s:.0f} s ago: {error}"
+        reason = "the gateway does not answer" if isinstance(error, DeadlineError) else error
+        return f"as it was {time.monotonic() - looks[-1].at_s:.0f} s ago: {reason}"
     return ""
 
 

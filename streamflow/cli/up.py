@@ -71,6 +71,12 @@ def up(
         streamflow up --port 0 --redis-url redis://127.0.0.1:6379/0 --log-dir logs
     """
     import asyncio
+    from importlib.util import find_spec
+
+    for needed in ("torch", "redis"):
+        if find_spec(needed) is None:
+            # Said before anything that is amiss with a model, which may be part of what is missing.
+            raise ModuleNotFoundError(name=needed)
 
     from streamflow.cli.model_settings import settings_of_first
     from streamflow.cli.supervisor import LocalDeployment

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from streamflow.config import ModelSettings
-from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError, shorten
+from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError, install, shorten
 from streamflow.families import published_tiny
 from streamflow.families.advice import ADVICE
 from streamflow.families.checkpoint import Checkpoint
@@ -132,7 +132,7 @@ def _download(repo: str, revision: str | None, *, allow_pickle: bool, single: bo
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
-        message = f"there is no folder {repo}; models of the hub need: pip install 'streamflow[serve]'"
+        message = f"there is no folder {repo}; models of the hub need huggingface_hub; {install('serve')}"
         raise UnavailableError(message) from error
     weights = ("*.safetensors", "*.bin") if allow_pickle else ("*.safetensors",)
     # Not single files beside the folders: many checkpoints have all weights once more in one.

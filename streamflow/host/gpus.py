@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 
 from streamflow.config import StageSettings, show_gpu, visible_gpus
-from streamflow.errors import BusyError, StreamFlowError, UnavailableError
+from streamflow.errors import BusyError, InvalidRequestError, StreamFlowError, UnavailableError
 from streamflow.gpus import WEIGHTS, Gpu, find, list_gpus, visible
 from streamflow.telemetry import Told, get_logger
 from streamflow.transport.redis_streams import RedisTransport
@@ -46,7 +46,7 @@ def own_gpu(
         listed: gives the GPUs of this machine.
 
     Raises:
-        SystemExit: with 1 for a GPU that is not there, or settings by which Redis cannot be asked; the log says why.
+        SystemExit: with 2 for a GPU that is not there, or settings by which Redis cannot be asked; the log says why.
     """
     with _ending():
         gpus = _candidates(settings, listed)
@@ -66,7 +66,7 @@ def _ending() -> Iterator[None]:
         yield
     except StreamFlowError as error:
         _log.error("cannot run", reason=str(error))
-        raise SystemExit(1) from error
+        raise SystemExit(2 if isinstance(error, InvalidRequestError) else 1) from error
 
 
 def _candidates(settings: StageSettings, listed: Callable[[], Sequence[Gpu]]) -> list[Gpu]:

@@ -17,8 +17,8 @@ from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from streamflow.config import StageSettings
-from streamflow.errors import BusyError, StreamFlowError, UnavailableError, first_of
+from streamflow.config import StageSettings, misspelled
+from streamflow.errors import BusyError, InvalidRequestError, StreamFlowError, UnavailableError, first_of
 from streamflow.gpus import Gpu
 from streamflow.host.control import HostedStage, StageControl, StageHandler
 from streamflow.host.watching import StageWatch
@@ -73,9 +73,12 @@ def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | N
         gpu: the one that was chosen for it, for the registry.
 
     Raises:
-        SystemExit: with 1, when the model or the address cannot be used, or the stage cannot go on; the log says why.
+        SystemExit: with 2 for a setting that cannot be used, such as the model; with 1 when the stage cannot go on. The
+            log says why.
     """
     configure_logging(level=settings.log_level, log_format=settings.log_format, service=service.stage.service)
+    for name, meant in misspelled().items():
+        _log.warning("no setting has this name", variable=name, meant=meant)
     from streamflow.backends.runtime import resolve_device, set_threads
     from streamflow.backends.select import leave_cores
 
@@ -95,7 +98,7 @@ def run_stage(service: StageService[S, H], settings: StageSettings, gpu: Gpu | N
         failed = first_of(group)
     if failed is not None:
         _log.error("cannot run", reason=str(failed))
-        raise SystemExit(1) from failed
+        raise SystemExit(2 if isinstance(failed, InvalidRequestError) else 1) from failed
 
 
 def _check(settings: StageSettings, stage: Stage) -> None:

@@ -79,6 +79,20 @@ class CertificateFiles:
         return self._key.read_bytes(), self._cert.read_bytes()
 
 
+def certificate_files(cert: Path | None, key: Path | None) -> CertificateFiles | None:
+    """None where neither is given.
+
+    Raises:
+        InvalidRequestError: one without the other, or see CertificateFiles.
+    """
+    if cert is not None and key is not None:
+        return CertificateFiles(cert, key)
+    if cert is not None or key is not None:
+        name, given = ("tls_cert", cert) if key is None else ("tls_key", key)
+        raise InvalidRequestError(name, given, "tls_cert and tls_key together, or neither for no TLS")
+    return None
+
+
 def probe_target(address: str, cert: Path | None) -> Target:
     """How to probe one's own server on this machine.
 

@@ -28,6 +28,7 @@ from streamflow.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from streamflow.telemetry.logs import Sparing
 
 DETAIL_KEY = "streamflow-error-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
@@ -38,6 +39,7 @@ _MAX_MESSAGE_BYTES = 1200
 _MAX_DETAIL_BYTES = 2048
 
 _log = logging.getLogger(__name__)
+_unanswered = Sparing()
 
 _CLASSES: Mapping[str, type[StreamFlowError]] = {
     "NOT_FOUND": NotFoundError,
@@ -69,8 +71,9 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -
     if not isinstance(error, StreamFlowError):
         _log.error("unexpected error in a call", exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, NEUTRAL_MESSAGE)
-    if error.for_clients:
-        _log.warning("a call cannot be answered: %s", error)
+    # How often that happens is up to who calls.
+    if error.for_clients and (left_out := _unanswered.turn()) is not None:
+        _log.warning("a call cannot be answered%s: %s", f" ({left_out} more since)" if left_out else "", error)
     await context.abort(status_of(error), _cut(error.for_clients or str(error)), _trailers(error))
 
 

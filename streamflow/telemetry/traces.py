@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.errors import InvalidRequestError, UnavailableError, install
 from streamflow.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ def open_tracing(target: str, *, service: str, ratio: float = 1.0) -> Tracing:
         ratio: of the requests that nobody traces yet, how many are traced.
 
     Raises:
-        InvalidRequestError: neither an endpoint nor a file.
-        UnavailableError: the library is not installed, or the file cannot be written.
+        InvalidRequestError: neither an endpoint nor a file that can be written.
+        UnavailableError: the library is not installed.
     """
     if not target:
         return Tracing()
@@ -143,7 +143,7 @@ def open_tracing(target: str, *, service: str, ratio: float = 1.0) -> Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
     except ModuleNotFoundError as error:
-        raise UnavailableError("traces need: pip install 'streamflow[gateway]'") from error
+        raise UnavailableError(f"traces need {error.name}; {install('gateway')}") from error
     exporter = _exporter(target)
     provider = TracerProvider(
         resource=Resource.create({SERVICE_NAME: f"streamflow-{service}"}),
@@ -180,7 +180,8 @@ def _exporter(target: str) -> SpanExporter:
             # Appended line by line, so that several processes can share it.
             file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise UnavailableError(f"traces: cannot write to {path}: {error.strerror}") from error
+            why = error.strerror or ""
+            raise InvalidRequestError("traces", target, "file:PATH of a file that can be written", why) from error
         return ConsoleSpanExporter(out=file, formatter=lambda span: span.to_json(indent=None) + "\n")
     if not target.startswith(("http://", "https://")):
         raise InvalidRequestError("traces", target, "an OTLP endpoint such as http://collector:4317, or file:PATH")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,9 +66,13 @@ class RedisAccess:
         except ValueError:
             parts = None
         if parts is None or parts.scheme not in _SCHEMES:
-            raise InvalidRequestError(
-                "redis_url", self.where, "redis://HOST:PORT/0, rediss:// for TLS, or unix:// for a socket"
-            )
+            given = f"{parts.scheme}://{self.where}" if parts is not None and parts.scheme else self.where
+            allowed = "redis://HOST:PORT/0 with a port of 1 to 65535, rediss:// for TLS, or unix:// for a socket"
+            raise InvalidRequestError("redis_url", given, allowed)
+        if parts.scheme != "unix" and not re.fullmatch(r"/?|/\d+", parts.path):
+            # redis-py would take what is no number for 0.
+            given, allowed = f"{parts.scheme}://{self.where}{parts.path}", "a number of a database, such as /0"
+            raise InvalidRequestError("redis_url", given, allowed)
         if self.user and parts.username:
             raise InvalidRequestError("redis_user", self.user, "a user in the URL or here, not in both")
         if self.password_file is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -369,3 +370,27 @@ def test_a_size_that_cannot_be_built_is_refused(sd_checkpoint: Path, size: str) 
     assert read_size("64x32", card) == (32, 64)
     with pytest.raises(InvalidRequestError, match=r"size|width|height"):
         read_size(size, card)
+
+
+@pytest.mark.parametrize("arguments", [["up"], ["up", "--model", "/nowhere"], ["models", SHAPES], ["engine", "list"]])
+def test_what_needs_more_than_the_command_line_says_so(arguments: list[str]) -> None:
+    """As where `pip install '.[cli]'` is all that was done."""
+    code = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "redis", "diffusers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+from streamflow.cli import main
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert re.fullmatch(
+        r"streamflow: it needs .* (torch|redis|diffusers) is missing; .*: pip install '.\[serve\]'", line
+    )

@@ -153,6 +153,15 @@ def test_what_servers_would_refuse_is_not_written(file: Path) -> None:
     assert file.read_text() == line + line
 
 
+def test_a_file_that_servers_refuse_is_listed_and_told_of(file: Path) -> None:
+    created("alice", "--jobs", "1")
+    file.write_text(file.read_text() + f"sha256:{'0' * 64} alice jobs=2\n")
+    listed = run("list")
+    assert listed.exit_code == 2
+    assert listed.stdout.count("alice") == 2
+    assert "the keys of alice must all say the same" in listed.stderr
+
+
 def test_a_command_waits_for_another_one_and_brings_nothing_back(file: Path) -> None:
     created("first")
     created("second")

@@ -17,7 +17,7 @@ import trustme
 from streamflow.cli.acl_files import users_of, write
 from streamflow.cli.supervisor import COMMANDS, LocalDeployment
 from streamflow.client import AsyncClient
-from streamflow.errors import StreamFlowError, UnavailableError
+from streamflow.errors import InvalidRequestError, StreamFlowError, UnavailableError
 from streamflow.ports import free_port
 from streamflow.transport.acl import RIGHTS
 from streamflow.transport.embedded import EmbeddedRedis
@@ -139,6 +139,17 @@ def secured(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Secured]
     certificates(tmp_path)
     with SecuredRedis(version, tmp_path, tls=bool(tls)) as server:
         yield Secured(server, tmp_path, bool(tls))
+
+
+@pytest.mark.parametrize("user", ["", "nobody"])
+async def test_a_user_who_is_not_let_in_is_told_what_to_name(secured: Secured, user: str) -> None:
+    url = secured.server.url_of(user) if user else secured.server.url_of("administrator").replace("administrator@", "")
+    deployment = LocalDeployment(model=SHAPES, redis_url=url, settings=secured.settings(), commands=secured.commands())
+    with pytest.raises(
+        InvalidRequestError, match=r"redis_url: .*STREAMFLOW_REDIS_USER.*STREAMFLOW_REDIS_PASSWORD_FILE"
+    ):
+        async with deployment:
+            raise AssertionError("it was let in")
 
 
 async def test_a_deployment_makes_pictures_and_is_refused_nothing(secured: Secured) -> None:

@@ -376,10 +376,18 @@ async def test_what_no_process_could_mend_is_refused_before_any_is_started(tmp_p
     file.touch()
     cases: list[tuple[dict[str, object], str]] = [
         ({"port": taken.getsockname()[1]}, "a free port of this machine"),
+        (
+            {"settings": {"metrics_port": taken.getsockname()[1]}},
+            "metrics_port: .* choose another one with --metrics-port",
+        ),
+        ({"settings": {"api_keys_file": tmp_path / "nowhere"}}, "api_keys_file: got .*nowhere"),
+        ({"settings": {"tls_cert": file}}, "tls_cert: got .*; allowed: tls_cert and tls_key together"),
+        ({"settings": {"tls_cert": file, "tls_key": file}}, "tls_cert: got .*; allowed: a PEM file, with its key"),
         ({"log_dir": file}, "a folder"),
         ({"redis_url": "redis://127.0.0.1:1/0"}, "the Redis at 127.0.0.1:1 cannot be used"),
         ({"redis_url": "garbage"}, "redis_url: got 'garbage'; allowed: redis://HOST:PORT/0"),
         ({"redis_url": "redis://:secret@[bad"}, r"redis_url: got '\[bad'; allowed"),
+        ({"redis_url": "redis://127.0.0.1:1/abc"}, "redis_url: got 'redis://127.0.0.1:1/abc'; allowed: a number"),
     ]
     with taken:
         for options, says in cases:

@@ -178,7 +178,7 @@ def test_what_cuda_does_not_see_is_not_chosen(start: Start) -> None:
 )
 def test_a_gpu_that_is_not_there_ends_the_process(start: Start, settings: dict[str, Any], says: str) -> None:
     holder = start(**{"gpus": 2, **settings})
-    assert holder.process.wait(30) == 1
+    assert holder.process.wait(30) == 2
     assert says in holder.log()
 
 
@@ -215,7 +215,7 @@ def test_a_redis_that_cannot_be_asked_ends_the_choice(start: Start, settings: di
         # There was nothing to ask; loading the model comes to it again.
         assert holder.number() == "1"
     else:
-        assert holder.process.wait(30) == 1
+        assert holder.process.wait(30) == 2
         assert says in holder.log()
     assert "Traceback" not in holder.log()
 
@@ -258,6 +258,6 @@ def test_services_choose_before_they_load(service: str, redis: EmbeddedRedis, tm
         text=True,
         timeout=60,
     )
-    assert answer.returncode == 1
+    assert answer.returncode == 2
     assert "gpu: got '5'" in answer.stderr
     assert "Traceback" not in answer.stderr

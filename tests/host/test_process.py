@@ -127,9 +127,24 @@ def test_settings_that_no_stage_can_use_are_told_before_the_model_is_loaded(
     service = replace(ending_service(shapes, UnavailableError("")), load=load)
     with pytest.raises(SystemExit) as ended:
         run_stage(service, StageSettings(model=shapes, **wrong))
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     [record] = [record for record in caplog.records if record.message == "cannot run"]
     assert said in vars(record)["streamflow_fields"]["reason"]
+
+
+def test_a_variable_that_was_to_turn_something_on_is_told_of(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Keys would be off without a word; the others belong to Compose, to clients and to somebody else.
+    for name in ("STREAMFLOW_API_KEY_FILE", "STREAMFLOW_TAG", "STREAMFLOW_API_KEY", "STREAMFLOW_GATEWAY_KEYS_FILE"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("STREAMFLOW_REDIS_MEMORY", "2g")
+    with pytest.raises(SystemExit):
+        run(shapes, UnavailableError("it has ended"))
+    told = [record for record in caplog.records if record.message == "no setting has this name"]
+    assert [vars(record)["streamflow_fields"] for record in told] == [
+        {"variable": "STREAMFLOW_API_KEY_FILE", "meant": "STREAMFLOW_API_KEYS_FILE"}
+    ]
 
 
 def test_a_bug_keeps_its_traceback(shapes: Path) -> None:

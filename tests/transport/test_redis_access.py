@@ -43,10 +43,11 @@ def files(tmp_path: Path) -> Path:
         (f"rediss://u:{SECRET}@h:1/0", {"ca": "password"}, "redis_ca"),
         (f"rediss://u:{SECRET}@h:1/0", {"cert": "cert.pem"}, "together with redis_key"),
         (f"rediss://u:{SECRET}@h:1/0", {"cert": "cert.pem", "key": "password"}, "redis_cert"),
-        (f"http://u:{SECRET}@h:1/0", {}, "redis_url: got 'h:1'"),
+        (f"http://u:{SECRET}@h:1/0", {}, "redis_url: got 'http://h:1'"),
+        (f"redis://u:{SECRET}@h:1/zero", {}, "redis_url: got 'redis://h:1/zero'; allowed: a number of a database"),
         (f"redis://u:{SECRET}@[bad", {}, r"redis_url: got '\[bad'"),
         (f"redis://u:{SECRET}@h:port/0", {}, "redis_url"),
-        (f"x://u:{SECRET}@/path", {}, "redis_url: got '/path'"),
+        (f"x://u:{SECRET}@/path", {}, "redis_url: got 'x:///path'"),
     ],
 )
 def test_what_cannot_work_is_refused_without_telling_the_password(files, url, given, said):
