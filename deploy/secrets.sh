@@ -7,6 +7,8 @@
 # The folder is its owner's alone. The files themselves can be read by all: without Swarm, Compose mounts them as they
 # are, and the users of the containers own nothing on this machine.
 set -eu
+LC_ALL=C
+export LC_ALL
 here=$(dirname "$0")
 users="gateway encoder denoiser decoder administrator"
 usage="usage: sh deploy/secrets.sh [FOLDER]
@@ -42,16 +44,21 @@ case ${1:+given}$folder in
 esac
 folder=${folder:-secrets}
 # In `access` the operator puts what the gateway asks of clients: keys, a certificate.
-mkdir -p "$folder/access"
+mkdir -p "$folder"
 chmod 700 "$folder"
-chmod 755 "$folder/access"
+if [ ! -d "$folder/access" ]; then
+    mkdir "$folder/access"
+    chmod 755 "$folder/access"
+elif [ ! -w "$folder/access" ]; then
+    echo "$folder/access is not yours, as Docker made it; sudo chown $(id -u) $folder/access makes it so" >&2
+fi
 
 password() {
     if [ -e "$1" ]; then
         text=$(cat "$1")
         case $text in
             # Who reads it may take a blank at its end as part of it, or not.
-            *[![:graph:]]*) refuse "$1: got a blank or another character that is not printed; delete it, and it is made" ;;
+            *[[:space:][:cntrl:]]*) refuse "$1: got a blank or a control character; delete it, and it is made" ;;
         esac
         [ ${#text} -ge 16 ] || refuse "$1 has ${#text} characters; allowed: 16 or more; delete it, and it is made"
         echo "$1 is there already"

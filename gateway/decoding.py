@@ -1,7 +1,9 @@
 """Pictures of clients, decoded away from the gateway: a file that breaks a decoder costs its own request.
 
-async with ImageDecoder(max_pixels=4_000_000) as decoder, decoder.turn(request) as prepare:
-    images = await prepare(width=512, height=512)
+async with ImageDecoder(max_pixels=4_000_000) as decoder:
+    with decoder.room(request):
+        async with decoder.turn(request) as prepare:
+            images = await prepare(width=512, height=512)
 """
 
 from __future__ import annotations
@@ -10,7 +12,14 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -27,7 +36,7 @@ from streamflow.v1 import types_pb2
 # Decoding takes tens of megabytes at a time.
 DECODERS_AT_ONCE = 2
 
-# Of pictures as they came, while they wait for their turn or have it.
+# Of pictures as they came, until they are stored.
 WAITING_BYTES = 128 * 2**20
 
 # What a process may answer with, whatever became of it.
@@ -36,6 +45,8 @@ _FIELDS = frozenset({"init_image_blob", "mask_blob", "control_blob"})
 _START_S = 60.0
 _TIMEOUT_S = 15.0
 _CPU_S = 10
+# Longer is no queue, but Redis that hangs, or more pictures than a machine can decode.
+_TURN_S = 30.0
 # For the decoder's own needs, and for a picture in a few forms at once: 16 bits, with transparency, turned, resized.
 _LEAST_BYTES, _BYTES_A_PIXEL = 192 * 2**20, 32
 
@@ -53,11 +64,19 @@ class Prepare(Protocol):
 class Decoder(Protocol):
     """Decodes pictures, of a few requests at a time."""
 
-    def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AbstractAsyncContextManager[Prepare]:
+    def room(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AbstractContextManager[None]:
+        """Counts the request's pictures as here, until they are stored or refused; to be entered before anything waits.
+
+        Raises:
+            BusyError: too many of this tenant, or of all, are here.
+        """
+        ...
+
+    def turn(self, request: types_pb2.GenerateRequest) -> AbstractAsyncContextManager[Prepare]:
         """Entered when it is the request's turn, which others wait for until it is left.
 
         Raises:
-            BusyError: too much waits already.
+            BusyError: it did not come in time.
         """
         ...
 
@@ -68,8 +87,12 @@ class InThread:
     def __init__(self, *, max_pixels: int) -> None:
         self._max_pixels, self._at_once = max_pixels, asyncio.Semaphore(DECODERS_AT_ONCE)
 
+    def room(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AbstractContextManager[None]:
+        """There is always room for what is here anyway."""
+        return nullcontext()
+
     @asynccontextmanager
-    async def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AsyncIterator[Prepare]:
+    async def turn(self, request: types_pb2.GenerateRequest) -> AsyncIterator[Prepare]:
         """See Decoder."""
 
         async def prepare(*, width: int, height: int) -> Mapping[str, bytes]:
@@ -91,7 +114,8 @@ class ImageDecoder:
         max_pixels: of a picture.
         children: processes.
         timeout_s, cpu_s: what the pictures of one request may take.
-        waiting_bytes: of pictures that wait for their turn or have it; a tenant that has a key gets half.
+        turn_s: how long a request may wait for its turn.
+        waiting_bytes: of pictures that are here; a tenant that has a key gets half.
         command: what runs a child.
     """
 
@@ -102,10 +126,11 @@ class ImageDecoder:
         children: int = DECODERS_AT_ONCE,
         timeout_s: float = _TIMEOUT_S,
         cpu_s: int = _CPU_S,
+        turn_s: float = _TURN_S,
         waiting_bytes: int = WAITING_BYTES,
         command: Sequence[str] = (sys.executable, "-m", "gateway.decode_child"),
     ) -> None:
-        self._max_pixels, self._timeout_s = max_pixels, timeout_s
+        self._max_pixels, self._timeout_s, self._turn_s = max_pixels, timeout_s, turn_s
         memory = _LEAST_BYTES + _BYTES_A_PIXEL * max_pixels
         self._command = [*command, str(memory), str(cpu_s)]
         self._children = [_Child(self._command) for _ in range(children)]
@@ -126,16 +151,23 @@ class ImageDecoder:
         """Starts what is idle, so that no request waits for it."""
         await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
 
+    def room(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AbstractContextManager[None]:
+        """See Decoder."""
+        return self._waiting.place(tenant, sum(map(len, _images(request).values())))
+
     @asynccontextmanager
-    async def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AsyncIterator[Prepare]:
+    async def turn(self, request: types_pb2.GenerateRequest) -> AsyncIterator[Prepare]:
         """See Decoder; to prepare raises UnavailableError where no process can be started."""
-        images = {"init": request.init_image, "mask": request.mask_image, "control": request.control.image}
-        with self._waiting.place(tenant, sum(map(len, images.values()))):
-            child = await self._idle.get()
-            try:
-                yield partial(self._prepare, child, images)
-            finally:
-                self._idle.put_nowait(child)
+        try:
+            async with asyncio.timeout(self._turn_s):
+                child = await self._idle.get()
+        except TimeoutError as error:
+            given = f"its pictures have waited for {self._turn_s:g} s to be decoded"
+            raise BusyError(f"{given}; try again in a moment", reason="pictures") from error
+        try:
+            yield partial(self._prepare, child, _images(request))
+        finally:
+            self._idle.put_nowait(child)
 
     async def _prepare(
         self, child: _Child, images: Mapping[str, bytes], *, width: int, height: int
@@ -171,7 +203,7 @@ class ImageDecoder:
 
 
 class _Waiting:
-    """Counts what is held until it is decoded and handed on."""
+    """Counts the bytes of pictures that are here."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -246,6 +278,10 @@ class _Child:
         assert process.stdout is not None
         prefix = await process.stdout.readexactly(frames.LENGTH.size)
         return await process.stdout.readexactly(frames.body_size(prefix))
+
+
+def _images(request: types_pb2.GenerateRequest) -> dict[str, bytes]:
+    return {"init": request.init_image, "mask": request.mask_image, "control": request.control.image}
 
 
 def _too_much(images: Mapping[str, bytes]) -> InvalidRequestError:

@@ -120,12 +120,13 @@ class Models:
         if request.request_id:
             check_request_id(request.request_id)
         served = self.named(request.model)
-        if request.request_id:
-            await self._check_free(JobKey(caller.tenant, request.request_id), served)
         pipeline = served.pipeline
-        key, attached = await pipeline.submit(
-            request, caller=caller, remaining_s=remaining_s, detach=detach, traceparent=traceparent
-        )
+        with pipeline.room(request, tenant=caller.tenant):
+            if request.request_id:
+                await self._check_free(JobKey(caller.tenant, request.request_id), served)
+            key, attached = await pipeline.submit(
+                request, caller=caller, remaining_s=remaining_s, detach=detach, traceparent=traceparent
+            )
         return pipeline, key, attached
 
     async def having(self, key: JobKey) -> Pipeline:

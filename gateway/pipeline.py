@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from gateway import admission
@@ -14,7 +14,14 @@ from gateway.budget import check_budget, choices, choose
 from gateway.decoding import Decoder, InThread
 from gateway.story import Story
 from streamflow.config import GatewaySettings
-from streamflow.errors import AlreadyExistsError, BusyError, InvalidRequestError, NotFoundError, UnavailableError
+from streamflow.errors import (
+    AlreadyExistsError,
+    BusyError,
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    UnavailableError,
+)
 from streamflow.rpc.auth import Caller
 from streamflow.rpc.convert import texts_from_pb
 from streamflow.telemetry import Counters, fingerprint, get_logger
@@ -91,6 +98,21 @@ class Pipeline:
 
     def _stop(self) -> None:
         self._stopping = True
+
+    @contextmanager
+    def room(self, request: types_pb2.GenerateRequest, *, tenant: str) -> Iterator[None]:
+        """Counts the request's pictures as here; to be entered before anything waits for Redis, which may hang.
+
+        Raises:
+            BusyError: too many are here.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(self._decoder.room(request, tenant=tenant))
+            except BusyError as error:
+                self._refused(error)
+                raise
+            yield
 
     async def submit(
         self,
@@ -206,11 +228,14 @@ class Pipeline:
                 f"request_id: {given} already; use another id, or send the same request"
             ) from error
         except BusyError as error:
-            self._counters.add("busy_total")
-            self._counters.add(f"busy_{error.reason if error.reason in _REFUSED_FOR else 'other'}_total")
+            self._refused(error)
             raise
         self._counters.add("attached_total" if attached else "admitted_total")
         return attached
+
+    def _refused(self, error: BusyError) -> None:
+        self._counters.add("busy_total")
+        self._counters.add(f"busy_{error.reason if error.reason in _REFUSED_FOR else 'other'}_total")
 
     async def _within_budget(self, request: types_pb2.GenerateRequest, quota: Quota) -> types_pb2.GenerateRequest:
         """The request itself, or with what was chosen for its time budget."""
@@ -233,9 +258,14 @@ class Pipeline:
     ) -> Admission:
         """Admits a job whose images are stored with it. Those of one that is refused are not decoded either.
 
-        All of it is one turn: whatever Redis is at, no more pictures than wait for a turn are in memory.
+        All of it is one turn, so that of a crowd that comes at once each is told what the ones before it changed.
         """
-        async with self._decoder.turn(request, tenant=spec.tenant) as prepare:
+        came_at_s = self._clock()
+        async with self._decoder.turn(request) as prepare:
+            left_s = new.timeout_s - (self._clock() - came_at_s)
+            if left_s <= 0:
+                raise DeadlineError("its time was over before its pictures could be decoded; allow more of it")
+            new = replace(new, timeout_s=left_s)
             known = await self._transport.look(new)
             if known is not None:
                 return known

@@ -221,9 +221,10 @@ async def _add_stages(answer: gateway_pb2.GatewayStatus, served: Served, *, now_
     """What the deployment of one model says; of whom its work is, only where that is the tenant."""
     overview, workers = await served.transport.overview(), await served.transport.workers()
     # Replicas of another revision, which end what is left of it, have streams of their own.
-    revisions = {served.card.revision, *(worker.model_revision for worker in workers)}
-    backlog = {revision: await served.transport.backlog(revision) for revision in revisions}
-    answer.waiting += backlog[served.card.revision]["waiting"]
+    own, others = served.card.revision, {worker.model_revision for worker in workers} - {served.card.revision}
+    backlog = {own: await served.transport.backlog()}
+    backlog |= {revision: await served.transport.backlog(revision) for revision in others}
+    answer.waiting += backlog[own]["waiting"]
     answer.stages.extend(
         convert.worker_to_pb(
             _seen_by(tenant, worker), backlog=backlog[worker.model_revision][worker.stage], now_s=now_s

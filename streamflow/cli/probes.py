@@ -32,14 +32,14 @@ _PROBE_OPTIONS: list[tuple[str, Any]] = [
 async def check_redis(access: RedisAccess) -> None:
     """Raises UnavailableError when there is no Redis; InvalidRequestError: wrong settings, or it does not let us in."""
     from redis.asyncio import Redis
-    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
+    from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
     access.check()
     url, options = access.connection_options()
     try:
         async with Redis.from_url(url, socket_connect_timeout=5.0, socket_timeout=5.0, **options) as client:
             await client.ping()
-    except (AuthenticationError, NoPermissionError, ResponseError) as error:
+    except (AuthenticationError, NoPermissionError) as error:
         allowed = "a user that this Redis lets in, with its password"
         raise InvalidRequestError("redis_url", access.where, allowed, f"{_LET_IN}. It said: {error}") from error
     except (RedisError, OSError) as error:

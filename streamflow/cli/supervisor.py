@@ -40,6 +40,7 @@ from streamflow.model_names import write_models
 from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
 from streamflow.rpc.certificates import certificate_files
 from streamflow.rpc.key_file import KeyFile
+from streamflow.telemetry.traces import open_tracing
 from streamflow.types import ModelCard
 
 SERVICES: Mapping[str, str] = {
@@ -292,6 +293,9 @@ class LocalDeployment:
             except OSError as error:
                 hint = f"{error.strerror}; choose another one with --{name.replace('_', '-')}"
                 raise InvalidRequestError(name, join(self._host, port), "a free port of this machine", hint) from error
+        if self._port and self._port == self._metrics_port:
+            raise InvalidRequestError("metrics_port", self._port, "another port than the gateway's own")
+        open_tracing(str(self._settings.get("traces", Settings().traces)), service="up").close()
         KeyFile(self._file("api_keys_file", Settings().api_keys_file))
         certificate_files(self.tls_cert, self._file("tls_key", TlsSettings().tls_key))
 

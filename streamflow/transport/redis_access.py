@@ -71,8 +71,9 @@ class RedisAccess:
             raise InvalidRequestError("redis_url", given, allowed)
         if parts.scheme != "unix" and not re.fullmatch(r"/?|/\d+", parts.path):
             # redis-py would take what is no number for 0.
-            given, allowed = f"{parts.scheme}://{self.where}{parts.path}", "a number of a database, such as /0"
-            raise InvalidRequestError("redis_url", given, allowed)
+            # A password with a slash ends up here.
+            given = f"{parts.scheme}://{self.where}{parts.path.rpartition('@')[2]}"
+            raise InvalidRequestError("redis_url", given, "a number of a database at its end, such as /0")
         if self.user and parts.username:
             raise InvalidRequestError("redis_user", self.user, "a user in the URL or here, not in both")
         if self.password_file is not None:

@@ -380,6 +380,8 @@ async def test_what_no_process_could_mend_is_refused_before_any_is_started(tmp_p
             {"settings": {"metrics_port": taken.getsockname()[1]}},
             "metrics_port: .* choose another one with --metrics-port",
         ),
+        ({"port": 9464, "settings": {"metrics_port": 9464}}, "metrics_port: got 9464; allowed: another port"),
+        ({"settings": {"traces": "file:/nowhere/traces"}}, "traces: got .*No such file or directory"),
         ({"settings": {"api_keys_file": tmp_path / "nowhere"}}, "api_keys_file: got .*nowhere"),
         ({"settings": {"tls_cert": file}}, "tls_cert: got .*; allowed: tls_cert and tls_key together"),
         ({"settings": {"tls_cert": file, "tls_key": file}}, "tls_cert: got .*; allowed: a PEM file, with its key"),

@@ -140,8 +140,9 @@ def test_a_gateway_that_is_away_for_a_moment_does_not_end_it() -> None:
             try:
                 assert "as it was" not in next(frames)
                 deployment.kill_gateway()
-                stale = next(frame for frame in frames if "as it was" in frame)
-                assert f"{deployment.address}: the connection was lost" in stale
+                # Or that it does not answer, where the time for one more attempt was short.
+                stale = next(frame for frame in frames if f"{deployment.address}: the connection was lost" in frame)
+                assert "as it was" in stale
                 assert "denoiser" in stale
                 deployment.start_gateway()
                 assert "denoiser" in next(frame for frame in frames if "as it was" not in frame)

@@ -293,7 +293,7 @@ async def test_replicas_go_and_come_while_there_is_work(
     await all_arrive(wishes(6, first_seed=11), client, fused)
 
 
-async def test_the_gateway_asks_for_keys_where_a_variable_says_so(
+async def test_at_last_the_gateway_asks_for_keys_where_a_variable_says_so(
     composition: Composition, client: AsyncClient, fused: Pipeline, podman: Podman
 ) -> None:
     keys = Path(podman.environment["STREAMFLOW_SECRETS"], "access", "keys.txt")

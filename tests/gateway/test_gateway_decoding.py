@@ -7,7 +7,8 @@ import io
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import ExifTags, Image
 
 from gateway import frames
 from gateway.decoding import DECODERS_AT_ONCE, Decoder, ImageDecoder, InThread, Prepare
+from gateway.models import Models, Served
 from gateway.pipeline import Pipeline
 from streamflow.config import GatewaySettings
 from streamflow.errors import BusyError, InvalidRequestError, StreamFlowError, UnavailableError
@@ -27,6 +29,7 @@ from streamflow.rpc.auth import Caller
 from streamflow.stages.imaging import encode_image
 from streamflow.telemetry import Counters
 from streamflow.transport.memory import MemoryTransport
+from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import ImageFormat, Quota
 from streamflow.v1 import types_pb2
 from tests.cards import CARD
@@ -83,8 +86,9 @@ decode_child.main(int(sys.argv[1]), int(sys.argv[2]), {life_cpu_s})
 
 
 async def decode(decoder: Decoder, request: types_pb2.GenerateRequest, **size: Any) -> Mapping[str, bytes]:
-    async with decoder.turn(request, tenant=size.pop("tenant", "")) as prepare:
-        return await prepare(**size)
+    with decoder.room(request, tenant=size.pop("tenant", "")):
+        async with decoder.turn(request) as prepare:
+            return await prepare(**size)
 
 
 @pytest.mark.parametrize("number", range(len(REQUESTS)))
@@ -246,9 +250,12 @@ class Counting:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder, self.decoded = decoder, 0
 
+    def room(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AbstractContextManager[None]:
+        return self._decoder.room(request, tenant=tenant)
+
     @asynccontextmanager
-    async def turn(self, request: types_pb2.GenerateRequest, *, tenant: str = "") -> AsyncIterator[Prepare]:
-        async with self._decoder.turn(request, tenant=tenant) as prepare:
+    async def turn(self, request: types_pb2.GenerateRequest) -> AsyncIterator[Prepare]:
+        async with self._decoder.turn(request) as prepare:
 
             async def counted(*, width: int, height: int) -> Mapping[str, bytes]:
                 self.decoded += 1
@@ -273,6 +280,52 @@ async def test_pictures_that_come_at_once_and_are_over_a_quota_are_not_decoded()
     assert sum(isinstance(answer, BusyError) for answer in answers) == 39
     assert decoder.decoded <= DECODERS_AT_ONCE
     await transport.close()
+
+
+async def test_a_turn_that_does_not_come_is_not_waited_for_longer_than_is_of_use():
+    async with ImageDecoder(max_pixels=MAX_PIXELS, children=1, turn_s=0.2) as decoder:
+        async with decoder.turn(REQUESTS[0]):
+            error = await refused(decode(decoder, REQUESTS[0], width=32, height=32))
+        assert isinstance(error, BusyError)
+        assert error.reason == "pictures"
+        assert await decode(decoder, REQUESTS[0], width=32, height=32)
+
+
+async def test_while_redis_hangs_no_more_pictures_are_here_than_there_is_room_for(unused_tcp_port):
+    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    counters = Counters()
+    settings = GatewaySettings(max_image_pixels=MAX_PIXELS)
+    async with (
+        await asyncio.start_server(hang, "127.0.0.1", unused_tcp_port),
+        ImageDecoder(max_pixels=MAX_PIXELS, waiting_bytes=6 * len(PICTURE)) as decoder,
+    ):
+        served = []
+        for name in ("shapes", "rings"):
+            transport = RedisTransport.from_url(f"redis://127.0.0.1:{unused_tcp_port}/0", deployment=name)
+            card = replace(CARD, name=name)
+            served.append(Served.over(transport, card=card, settings=settings, counters=counters, decoder=decoder))
+        models = Models(served)
+        kinds = ({"request_id": "a"}, {"time_budget_s": 30.0}, {})
+        request = types_pb2.GenerateRequest(prompts=["a ring"], init_image=PICTURE, width=64, height=64)
+        waiting = []
+        for number in range(12):
+            one = types_pb2.GenerateRequest(**kinds[number % 3])
+            one.MergeFrom(request)
+            submit = models.submit(one, caller=Caller("alice"), remaining_s=None, detach=True)
+            waiting.append(asyncio.create_task(submit))
+        await asyncio.sleep(0.2)
+        refusals = [task.exception() for task in waiting if task.done()]
+        # Half of the room is one tenant's.
+        assert len(refusals) == 9
+        assert all(isinstance(error, BusyError) and error.reason == "pictures" for error in refusals)
+        assert counters.snapshot()["busy_pictures_total"] == 9
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+        await models.close()
 
 
 async def refused(answer: Awaitable[object]) -> StreamFlowError:

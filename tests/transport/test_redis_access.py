@@ -45,6 +45,8 @@ def files(tmp_path: Path) -> Path:
         (f"rediss://u:{SECRET}@h:1/0", {"cert": "cert.pem", "key": "password"}, "redis_cert"),
         (f"http://u:{SECRET}@h:1/0", {}, "redis_url: got 'http://h:1'"),
         (f"redis://u:{SECRET}@h:1/zero", {}, "redis_url: got 'redis://h:1/zero'; allowed: a number of a database"),
+        (f"redis://u:/{SECRET}@h:1/0", {}, "redis_url: got"),
+        (f"redis://:12/{SECRET}@h:1/0", {}, "redis_url: got"),
         (f"redis://u:{SECRET}@[bad", {}, r"redis_url: got '\[bad'"),
         (f"redis://u:{SECRET}@h:port/0", {}, "redis_url"),
         (f"x://u:{SECRET}@/path", {}, "redis_url: got 'x:///path'"),
