@@ -182,7 +182,12 @@ def _exporter(target: str) -> SpanExporter:
         except OSError as error:
             why = error.strerror or ""
             raise InvalidRequestError("traces", target, "file:PATH of a file that can be written", why) from error
-        return ConsoleSpanExporter(out=file, formatter=lambda span: span.to_json(indent=None) + "\n")
+
+        class Appending(ConsoleSpanExporter):
+            def shutdown(self) -> None:
+                file.close()
+
+        return Appending(out=file, formatter=lambda span: span.to_json(indent=None) + "\n")
     if not target.startswith(("http://", "https://")):
         raise InvalidRequestError("traces", target, "an OTLP endpoint such as http://collector:4317, or file:PATH")
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
