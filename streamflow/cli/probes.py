@@ -11,6 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from streamflow.errors import InvalidRequestError, UnavailableError
+from streamflow.ports import join, local_addresses, require_free
 from streamflow.rpc.certificates import probe_target
 from streamflow.rpc.channels import Target, open_aio_channel
 
@@ -27,6 +28,34 @@ _PROBE_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
+
+
+def check_folders(**folders: Path | None) -> None:
+    """By the names of their settings; those that are missing are made. Raises InvalidRequestError."""
+    for name, folder in folders.items():
+        if folder is not None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InvalidRequestError(name, str(folder), "a folder", error.strerror or "") from error
+
+
+def check_ports(host: str, **ports: int) -> None:
+    """By the names of their settings; 0 = any. Raises InvalidRequestError for what a gateway could not listen on."""
+    try:
+        local_addresses(host)
+    except OSError as error:
+        raise InvalidRequestError("host", host, "an address of this machine", error.strerror or "") from error
+    taken = set()
+    for name, port in ports.items():
+        try:
+            require_free(host, port)
+        except OSError as error:
+            hint = f"{error.strerror}; choose another one with --{name.replace('_', '-')}"
+            raise InvalidRequestError(name, join(host, port), "a free port of this machine", hint) from error
+        if port and port in taken:
+            raise InvalidRequestError(name, port, "another port than the gateway's own")
+        taken.add(port)
 
 
 async def check_redis(access: RedisAccess) -> None:

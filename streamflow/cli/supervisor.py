@@ -21,7 +21,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 from streamflow.cli.model_settings import folder_of, settings_by_model
-from streamflow.cli.probes import check_redis, serving
+from streamflow.cli.probes import check_folders, check_ports, check_redis, serving
 from streamflow.cli.process import Command, OnLine, Supervised
 from streamflow.config import (
     OF_REDIS,
@@ -37,7 +37,7 @@ from streamflow.families import describe
 from streamflow.families.source import checkpoint_from, default_name
 from streamflow.gpus import WEIGHTS, Gpu, find, least_used, place
 from streamflow.model_names import write_models
-from streamflow.ports import LOOPBACK, free_port, join, local_addresses, require_free
+from streamflow.ports import LOOPBACK, free_port, join
 from streamflow.rpc.certificates import certificate_files
 from streamflow.rpc.key_file import KeyFile
 from streamflow.telemetry.traces import open_tracing
@@ -277,24 +277,8 @@ class LocalDeployment:
 
     def _check_settings(self) -> None:
         """What would otherwise be found out by a process that is started again and again."""
-        for name, folder in (("log_dir", self._log_dir), ("data_dir", self._data_dir)):
-            if folder is not None:
-                try:
-                    folder.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise InvalidRequestError(name, str(folder), "a folder", error.strerror or "") from error
-        try:
-            local_addresses(self._host)
-        except OSError as error:
-            raise InvalidRequestError("host", self._host, "an address of this machine", error.strerror or "") from error
-        for name, port in (("port", self._port), ("metrics_port", self._metrics_port or 0)):
-            try:
-                require_free(self._host, port)
-            except OSError as error:
-                hint = f"{error.strerror}; choose another one with --{name.replace('_', '-')}"
-                raise InvalidRequestError(name, join(self._host, port), "a free port of this machine", hint) from error
-        if self._port and self._port == self._metrics_port:
-            raise InvalidRequestError("metrics_port", self._port, "another port than the gateway's own")
+        check_folders(log_dir=self._log_dir, data_dir=self._data_dir)
+        check_ports(self._host, port=self._port, metrics_port=self._metrics_port or 0)
         open_tracing(str(self._settings.get("traces", Settings().traces)), service="up").close()
         KeyFile(self._file("api_keys_file", Settings().api_keys_file))
         certificate_files(self.tls_cert, self._file("tls_key", TlsSettings().tls_key))
