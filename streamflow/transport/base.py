@@ -377,7 +377,17 @@ class Transport(Protocol):
         ...
 
     async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
-        """Renews the leases of the entries on which there was progress."""
+        """Renews the leases of the entries on which there was progress.
+
+        An entry that it tells of stays in hand until it is put down, or until a move of it is answered.
+        """
+        ...
+
+    def put_down(self, entries: Iterable[Entry]) -> None:
+        """The worker stops its work on entries that were lost or cancelled, and makes no move of them.
+
+        A move may have been made before a heartbeat tells so, its answer still on the way: that one is waited for.
+        """
         ...
 
     async def hand_back(

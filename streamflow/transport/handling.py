@@ -65,12 +65,14 @@ class EntryContext:
     """One entry in hand, as its handler sees it. Belongs to the event loop: other threads call it through the loop.
 
     Attributes:
+        at_work: the outcome is not known yet.
         step_s: the longest time from one progress to the next one so far.
         image_s: how long the image took, from its admission on; set by the handler that ends it.
     """
 
     def __init__(self, entry: Entry, *, progress_timeout_s: float) -> None:
         self.entry = entry
+        self.at_work = True
         self.step_s = 0.0
         self.image_s: float | None = None
         self._notes: list[Note] = []
@@ -117,6 +119,7 @@ class EntryContext:
             raise
         finally:
             self._limit = None
+            self.at_work = False
 
     def _next_limit(self) -> float:
         return min(self._deadline, asyncio.get_running_loop().time() + self._progress_timeout_s)

@@ -252,6 +252,9 @@ class MemoryTransport:
                 lost.add(entry.id)
         return Heartbeat(frozenset(lost), frozenset(cancelled))
 
+    def put_down(self, entries: Iterable[Entry]) -> None:
+        pass  # who has an entry stands in its stream alone
+
     async def hand_back(
         self, stage: Stage, worker_id: str, entries: Iterable[Entry] | None, *, count_attempt: bool
     ) -> int:

@@ -160,7 +160,7 @@ class RedisTransport:
         why = failure or Failure("CANCELLED", "the job was cancelled")
         answer = await self._calls.script("cancel", job_id, state.value, why.code, why.message, why.stage)
         # All of the job has ended, so that no call of its workers will put these down.
-        self._put_down(
+        self.put_down(
             [entry for held in self._in_hand.values() for entry in held.values() if entry.ref.job_id == job_id]
         )
         if answer == -1:
@@ -242,7 +242,7 @@ class RedisTransport:
             *warnings,
             *payload_args(payload),
         )
-        self._put_down([entry])
+        self.put_down([entry])
         return bool(done)
 
     async def finish(self, entry: Entry, result: bytes | Failure) -> bool:
@@ -251,18 +251,20 @@ class RedisTransport:
         )
         where = (entry.ref.job_id, entry.ref.index, entry.stage.value, entry.id, self._holder(entry))
         done = await self._calls.script("finish", *where, *what)
-        self._put_down([entry])
+        self.put_down([entry])
         return bool(done)
 
     async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
-        beaten = {entry.id: entry for entry in entries}
-        args = [arg for entry in beaten.values() for arg in (entry.id, entry.ref.job_id, entry.ref.index)]
+        args = [arg for entry in entries for arg in (entry.id, entry.ref.job_id, entry.ref.index)]
         reply = await self._calls.script("heartbeat", stage.value, worker_id, *args)
-        lost, cancelled = (frozenset(entry_id.decode() for entry_id in ids) for ids in reply)
-        # An entry that was handed back and taken again meanwhile is in hand anew.
-        in_hand = self._in_hand.get(worker_id, {})
-        self._put_down(beaten[id_] for id_ in lost | cancelled if in_hand.get(id_) is beaten[id_])
-        return Heartbeat(lost, cancelled)
+        return Heartbeat(*(frozenset(entry_id.decode() for entry_id in ids) for ids in reply))
+
+    def put_down(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            for in_hand in self._in_hand.values():
+                # It may have been handed back and taken anew meanwhile.
+                if in_hand.get(entry.id) is entry:
+                    del in_hand[entry.id]
 
     async def hand_back(
         self, stage: Stage, worker_id: str, entries: Iterable[Entry] | None, *, count_attempt: bool
@@ -275,7 +277,7 @@ class RedisTransport:
         if given is None:
             self._in_hand.pop(worker_id, None)
         else:
-            self._put_down(given)
+            self.put_down(given)
         return count
 
     async def put_blob(self, data: bytes, *, keep_s: float, admitted: bool = False) -> str:
@@ -430,10 +432,3 @@ class RedisTransport:
     def _holder(self, entry: Entry) -> str:
         """The worker that was given it; empty once it was put down."""
         return next((worker for worker, held in self._in_hand.items() if held.get(entry.id) is entry), "")
-
-    def _put_down(self, entries: Iterable[Entry]) -> None:
-        for entry in entries:
-            for in_hand in self._in_hand.values():
-                # It may have been handed back and taken anew meanwhile.
-                if in_hand.get(entry.id) is entry:
-                    del in_hand[entry.id]

@@ -372,11 +372,15 @@ class StageWorker:
                 log.warning("%s: no heartbeat: %s", self._stage.service, error)
             return
         self._no_heartbeat.over()
-        for entry_id in beat.lost | beat.cancelled:
-            # Not the task that took the same entry anew since the beat was sent.
-            held[entry_id][1].cancel()
-        self.counters["lost_total"] += len(beat.lost)
-        self.counters["cancelled_total"] += len(beat.cancelled)
+        for counter, entry_ids in (("lost_total", beat.lost), ("cancelled_total", beat.cancelled)):
+            for entry_id in entry_ids:
+                # Not the task that took the same entry anew since the beat was sent.
+                context, task = held[entry_id]
+                # An outcome's own move tells whether it came in time; it may be why the image is elsewhere.
+                if context.at_work and not task.cancelling():
+                    self._transport.put_down([context.entry])
+                    task.cancel()
+                    self.counters[counter] += 1
 
     async def _keep_registered(self) -> None:
         told = Told()

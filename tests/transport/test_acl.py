@@ -75,7 +75,8 @@ def calls_of_transport(*places: str) -> set[str]:
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(node, ast.Attribute) and node.attr in methods and "transport" in ast.unparse(node.value):
                     found.add(node.attr)
-    return found - {"close", "lease_s"}
+    # The others send nothing.
+    return found - {"close", "lease_s", "put_down"}
 
 
 SHARED = ("streamflow/transport/worker.py", "streamflow/host/control.py", "streamflow/host/process.py")

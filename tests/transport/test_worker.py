@@ -11,7 +11,8 @@ import pytest
 from streamflow.errors import DeadlineError, GenerationError, JobCancelledError, UnavailableError
 from streamflow.transport.base import Entry, Heartbeat, ImageRef, Transport
 from streamflow.transport.embedded import EmbeddedRedis
-from streamflow.transport.handling import Advance, EntryContext, Finish, Outcome
+from streamflow.transport.handling import Advance, EntryContext, Finish, Outcome, WorkRecord
+from streamflow.transport.redis_client import Calls
 from streamflow.transport.redis_streams import RedisTransport
 from streamflow.types import Failure, JobState, Stage
 from tests.transport.workers import STEADY, Hold, ended, make_worker, running
@@ -324,6 +325,47 @@ async def test_a_lost_entry_is_let_go(world, eventually):
         await eventually(let_go)
         assert await gateway.finish(entry, b"picture")
     assert worker.counters["lost_total"] == 1
+
+
+async def moved_before_its_answer(transport: Transport, monkeypatch, eventually, *, lost: bool) -> None:
+    """An image is elsewhere for some beats before its worker knows that its own move did that."""
+    where, name = (Calls, "script") if lost else (transport, "advance")
+    move, heartbeat = getattr(where, name), transport.heartbeat
+    beats: list[Heartbeat] = []
+    told: list[WorkRecord] = []
+
+    async def slow_move(*args, **kwargs) -> object:
+        answer = await move(*args, **kwargs)
+        if "advance" in (name, *args) and not beats:
+            await eventually(lambda: asyncio.sleep(0, len(beats) >= 2))
+            if lost:
+                raise UnavailableError("the answer was lost")
+        return answer
+
+    async def watched_beat(*args) -> Heartbeat:
+        beats.append(await heartbeat(*args))
+        return beats[-1]
+
+    async def handle(context: EntryContext) -> Outcome:
+        return Advance(Stage.DENOISE, {})
+
+    monkeypatch.setattr(where, name, slow_move)
+    monkeypatch.setattr(transport, "heartbeat", watched_beat)
+    worker = make_worker(transport, handle, on_worked=told.append)
+    async with running(worker):
+        await transport.admit(new_job())
+        await eventually(lambda: asyncio.sleep(0, told))
+    assert all(beat.lost for beat in beats)
+    assert [record.outcome for record in told] == ["advanced"]
+    assert +worker.counters == {"ended_total": 1}
+
+
+async def test_a_beat_that_overtakes_the_answer_of_a_move_stops_nothing(steady, monkeypatch, eventually):
+    await moved_before_its_answer(steady, monkeypatch, eventually, lost=False)
+
+
+async def test_a_move_whose_answer_was_lost_is_known_again_after_a_beat(redis_world, monkeypatch, eventually):
+    await moved_before_its_answer(redis_world.open(policy=STEADY), monkeypatch, eventually, lost=True)
 
 
 async def test_a_drain_waits_for_what_is_in_hand(steady, eventually):
