@@ -74,7 +74,9 @@ async def test_metrics_add_up_to_what_was_asked(deployment: LocalDeployment, cli
     assert images == 14
 
     def all_told(grew: Samples) -> bool:
-        return total(grew, "gateway", "jobs_ended_total", state="images") >= len(asked)
+        # A stage tells of an image a moment after the image went on.
+        worked = (total(grew, stage, "entry_work_seconds_count") for stage in ("encoder", "denoiser", "decoder"))
+        return total(grew, "gateway", "jobs_ended_total") >= len(asked) and min(worked) >= images
 
     grew = await grown(deployment, before, all_told)
     assert total(grew, "gateway", "jobs_admitted_total") == len(asked)
