@@ -66,13 +66,14 @@ class EntryContext:
 
     Attributes:
         at_work: the outcome is not known yet.
+        elsewhere: the image was found at another place since; its outcome's own move may have brought it there.
         step_s: the longest time from one progress to the next one so far.
         image_s: how long the image took, from its admission on; set by the handler that ends it.
     """
 
     def __init__(self, entry: Entry, *, progress_timeout_s: float) -> None:
         self.entry = entry
-        self.at_work = True
+        self.at_work, self.elsewhere = True, False
         self.step_s = 0.0
         self.image_s: float | None = None
         self._notes: list[Note] = []

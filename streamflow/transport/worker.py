@@ -242,11 +242,11 @@ class StageWorker:
         # However long the store is away now, this image costs no more.
         self._pace.left(context)
         try:
-            in_time = await self._settle(context.entry, outcome)
+            in_time = await self._settle(context, outcome)
         except Exception:
             log.exception("%s: the outcome of %s cannot be stored", self._stage.service, context.entry.ref)
             outcome = _HandBack(count_attempt=True)
-            in_time = await self._settle(context.entry, outcome)
+            in_time = await self._settle(context, outcome)
         return self._told(outcome) if in_time else "late"
 
     def _told(self, outcome: Outcome | _HandBack | _End) -> str:
@@ -296,19 +296,25 @@ class StageWorker:
             log.exception("%s: attempt %d on %s failed", service, entry.attempt, entry.ref)
             return _HandBack(count_attempt=True)
 
-    async def _settle(self, entry: Entry, outcome: Outcome | _HandBack | _End) -> bool:
+    async def _settle(self, context: EntryContext, outcome: Outcome | _HandBack | _End) -> bool:
         """Stores an outcome, however long Redis is away: the work is done, and the lease is kept meanwhile.
 
         Returns False when it came too late.
         """
-        backoff, told = Backoff(), Told()
+        entry, backoff, told = context.entry, Backoff(), Told()
         if isinstance(outcome, _HandBack):
             # Else this worker would take it again at once, and what fails for a moment fails every attempt.
             self._work_backoff.failed()
         while True:
+            elsewhere = context.elsewhere
             try:
                 return await self._store(entry, outcome)
             except _TRANSIENT as error:
+                if elsewhere:
+                    # Nobody waits for it any more, and it may never be taken.
+                    self._transport.put_down([entry])
+                    self.counters["late_total"] += 1
+                    return False
                 if told.is_news(error):
                     log.warning("%s: the outcome of %s waits: %s", self._stage.service, entry.ref, error)
                 backoff.failed()
@@ -376,8 +382,10 @@ class StageWorker:
             for entry_id in entry_ids:
                 # Not the task that took the same entry anew since the beat was sent.
                 context, task = held[entry_id]
-                # An outcome's own move tells whether it came in time; it may be why the image is elsewhere.
-                if context.at_work and not task.cancelling():
+                if not context.at_work:
+                    # Its own move may be why, and tells whether it came in time.
+                    context.elsewhere = True
+                elif not task.cancelling():
                     self._transport.put_down([context.entry])
                     task.cancel()
                     self.counters[counter] += 1

@@ -115,6 +115,20 @@ async def test_what_is_in_hand_is_not_given_out_again_after_a_lost_group(redis_w
     assert await transport.finish(mine, b"picture")
 
 
+async def test_what_is_in_hand_is_not_given_out_again_after_a_lost_answer(redis_world):
+    transport, called = redis_world.open(), redis_world.open()
+    await transport.admit(new_job())
+    [mine] = await take(transport, ENCODE)
+    # Done by Redis, but the answer does not come back to the one that called.
+    assert await called.hand_back(ENCODE, "w", [mine], count_attempt=False) == 1
+    assert await take(transport, ENCODE) == []
+    # Repeated, it takes nothing from a next attempt.
+    assert await transport.hand_back(ENCODE, "w", [mine], count_attempt=False) == 0
+    [again] = await take(transport, ENCODE)
+    assert (again.ref, again.attempt) == (mine.ref, 1)
+    assert await transport.finish(again, b"picture")
+
+
 async def test_a_group_lost_during_a_blocked_read(redis_world, raw, deployment, eventually):
     transport = redis_world.open()
     reading = asyncio.create_task(transport.read(ENCODE, "w", 1, block_s=0.5))

@@ -19,7 +19,8 @@ local function pending(...)
 end
 
 -- What is ours without our knowing, because a reply was lost and nothing of it was begun, and what nobody beat for a
--- lease; with how often it failed, and whether it did since it was last taken.
+-- lease; with how often it failed, and whether it did since it was last taken. What is in hand still is not given out
+-- anew: it may have been handed back, and the call whose answer was lost be repeated.
 local candidates, suspects, alone = {}, false, false
 for _, item in ipairs(pending('-', '+', num_in_hand + count, worker)) do
   local id, deliveries = item[1], item[4]
@@ -30,7 +31,8 @@ for _, item in ipairs(pending('-', '+', num_in_hand + count, worker)) do
   end
 end
 for _, item in ipairs(pending('IDLE', lease_ms, '-', '+', num_in_hand + count)) do
-  if item[2] ~= worker then candidates[#candidates + 1] = {item[1], item[4], item[2] ~= UNTRIED} end
+  local id, whose, _, deliveries = unpack(item)
+  if whose ~= worker and not in_hand[id] then candidates[#candidates + 1] = {id, deliveries, whose ~= UNTRIED} end
 end
 
 -- Whoever else writes to the stream must not stop the stage.
