@@ -1,4 +1,4 @@
-"""Whether what a deployment needs is there, and whether its processes are ready."""
+"""Whether what a deployment needs is there and free, and whether its processes are ready."""
 
 from __future__ import annotations
 

@@ -379,15 +379,13 @@ class Transport(Protocol):
     async def heartbeat(self, stage: Stage, worker_id: str, entries: Iterable[Entry]) -> Heartbeat:
         """Renews the leases of the entries on which there was progress.
 
-        An entry that it tells of stays in hand until it is put down, or until a move of it is answered.
+        The worker's own move may be why an entry is told of, its answer still on the way: that one tells more. So it
+        stays in hand until a move of it is answered, or until it is put down.
         """
         ...
 
     def put_down(self, entries: Iterable[Entry]) -> None:
-        """The worker stops its work on entries that were lost or cancelled, and makes no move of them.
-
-        A move may have been made before a heartbeat tells so, its answer still on the way: that one is waited for.
-        """
+        """Lets go of entries that were told of and are not worked on any more: a read may give them out again."""
         ...
 
     async def hand_back(
